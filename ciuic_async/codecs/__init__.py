@@ -1,0 +1,1 @@
+"""Between raw bytes and records: one short file per codec."""

@@ -1,0 +1,130 @@
+"""Checked access to the fields of parsed JSON: every reader of a hostile file goes through these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ciuic_async.errors import FormatVersionError, IntegrityError
+from ciuic_async.format.jsontext import MAX_SAFE_INTEGER
+
+_HEX = re.compile(r"[0-9a-f]*\Z")
+
+
+def malformed(what: str, message: str) -> IntegrityError:
+    """The error for a field that is not what the format says."""
+    return IntegrityError(f"{what}: {message}", kind="malformed", where=what)
+
+
+class Fields:
+    """One JSON object: each getter checks presence and type; ``done`` refuses unknown keys.
+
+    Args:
+        value: what was parsed, any type.
+        what: name of the file and place, for messages.
+    """
+
+    def __init__(self, value: object, what: str) -> None:
+        if not isinstance(value, dict):
+            raise malformed(what, f"expected an object, found {type(value).__name__}")
+        self._value: dict[str, Any] = value
+        self._seen: set[str] = set()
+        self.what = what
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._value
+
+    def raw(self, name: str) -> Any:
+        self._seen.add(name)
+        if name not in self._value:
+            raise malformed(self.what, f"field {name!r} is missing")
+        return self._value[name]
+
+    def string(self, name: str) -> str:
+        value = self.raw(name)
+        if not isinstance(value, str):
+            raise malformed(self.what, f"field {name!r}: expected a string, found {type(value).__name__}")
+        return value
+
+    def matching(self, name: str, pattern: re.Pattern[str]) -> str:
+        """A string that matches ``pattern`` as a whole."""
+        value = self.string(name)
+        if not pattern.fullmatch(value):
+            raise malformed(self.what, f"field {name!r}: {value[:80]!r} does not match {pattern.pattern}")
+        return value
+
+    def integer(self, name: str, *, low: int = 0, high: int = MAX_SAFE_INTEGER) -> int:
+        return check_integer(self.raw(name), f"{self.what}: field {name!r}", low=low, high=high)
+
+    def hex(self, name: str, size_bytes: int | None = None) -> bytes:
+        value = self.string(name)
+        if not _HEX.match(value) or len(value) % 2 or (size_bytes is not None and len(value) != 2 * size_bytes):
+            expected = "hex" if size_bytes is None else f"{2 * size_bytes} hex digits"
+            raise malformed(self.what, f"field {name!r}: expected {expected}, found {value[:80]!r}")
+        return bytes.fromhex(value)
+
+    def array(self, name: str) -> list[Any]:
+        return check_array(self.raw(name), f"{self.what}: field {name!r}")
+
+    def boolean(self, name: str) -> bool:
+        value = self.raw(name)
+        if not isinstance(value, bool):
+            raise malformed(self.what, f"field {name!r}: expected true or false, found {type(value).__name__}")
+        return value
+
+    def integers(self, name: str, *, low: int = 0) -> tuple[int, ...]:
+        where = f"{self.what}: field {name!r}"
+        return tuple(check_integer(item, where, low=low) for item in self.array(name))
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        items = self.array(name)
+        if not all(isinstance(item, str) for item in items):
+            raise malformed(self.what, f"field {name!r}: expected strings only")
+        return tuple(items)
+
+    def object(self, name: str) -> Fields:
+        return Fields(self.raw(name), f"{self.what}: field {name!r}")
+
+    def schema(self, expected: str) -> None:
+        """Check the ``schema`` field; another version of the same schema asks for an upgrade."""
+        found = self.string("schema")
+        if found == expected:
+            return
+        if found.rpartition("/v")[0] == expected.rpartition("/v")[0]:
+            raise FormatVersionError(
+                f"{self.what}: written as {found}, this version reads {expected}; upgrade ciuic-async", where=self.what
+            )
+        raise malformed(self.what, f"expected schema {expected!r}, found {found[:80]!r}")
+
+    def features(self, known: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The required and optional feature names; an unknown required one is a ``FormatVersionError``."""
+        required, optional = self.strings("features_required"), self.strings("features_optional")
+        unknown = [name for name in required if name not in known]
+        if unknown:
+            raise FormatVersionError(
+                f"{self.what}: needs the feature {unknown[0][:80]!r}, which this version does not know; upgrade ciuic-async",
+                kind="unknown_feature",
+                where=self.what,
+            )
+        return required, optional
+
+    def done(self) -> None:
+        """Refuse keys that nobody asked for."""
+        unknown = sorted(set(self._value) - self._seen)
+        if unknown:
+            raise malformed(self.what, f"unknown field {unknown[0][:80]!r}")
+
+
+def check_integer(value: object, what: str, *, low: int = 0, high: int = MAX_SAFE_INTEGER) -> int:
+    """``value`` if it is an integer (no bool) in ``low..high``."""
+    if type(value) is not int or not low <= value <= high:
+        raise malformed(what, f"expected an integer in {low}..{high}, found {str(value)[:80]}")
+    return value
+
+
+def check_array(value: object, what: str) -> list[Any]:
+    """``value`` if it is a JSON array."""
+    if not isinstance(value, list):
+        raise malformed(what, f"expected an array, found {type(value).__name__}")
+    return value

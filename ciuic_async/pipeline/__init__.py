@@ -1,0 +1,1 @@
+"""The order of the stages: save (capture_stage, persist, commit) and restore, mirror images."""

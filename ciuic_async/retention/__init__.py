@@ -1,0 +1,1 @@
+"""What to keep, and how the rest goes."""

@@ -1,0 +1,1 @@
+"""Host memory that we own: slots, their budget, and the copies into them."""

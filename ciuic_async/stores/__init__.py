@@ -1,0 +1,1 @@
+"""Where named byte strings live: one protocol (base), one file for each kind of place."""

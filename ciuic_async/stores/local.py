@@ -1,0 +1,406 @@
+"""A folder on a POSIX file system.
+
+Saving a file, top to bottom (``begin``, ``_publish``): a temporary name in ``tmp/``, write, fsync, ``link`` to its
+name (which fails if the name exists: create-once), unlink the temporary name, fsync the folder. No step is repeated
+after a failed fsync: Linux reports a write-back error once and then forgets it.
+
+Every path is walked one component at a time with O_NOFOLLOW, relative to the descriptor of the chain's folder: a
+symbolic link inside a chain is refused, and renaming the chain's folder while it is open does no harm.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ciuic_async.errors import CommitConflictError, IntegrityError, NotFoundError, StoreError
+from ciuic_async.format import layout
+from ciuic_async.format.digest import Buffer
+from ciuic_async.stores.base import Capabilities, Listed, Unpublished
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free space or prune snapshots",
+    errno.EDQUOT: "the disk quota is used up: free space or prune snapshots",
+    errno.EROFS: "the file system is read-only: choose another folder or remount it",
+    errno.EACCES: "permission denied: check owner and mode of the folder",
+    errno.EPERM: "not permitted: check owner and mode of the folder",
+    errno.ENOTDIR: "a file stands where a folder is expected: choose another path or move the file",
+    errno.EIO: "the device reported an I/O error: check the disk",
+    errno.EFBIG: "the file is larger than this process may write (ulimit -f)",
+    errno.EMFILE: "too many open files (ulimit -n)",
+    errno.ELOOP: "a symbolic link inside a chain is never followed: replace it by the file itself",
+}
+
+
+class LocalStore:
+    """A store in ``folder``. Opening creates nothing; ``initialize`` does."""
+
+    capabilities = Capabilities(orders_writers=True, file_descriptors=True)
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._path = Path(os.path.abspath(folder))
+        self._root: int | None = None
+        self._root_lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return str(self._path)
+
+    def initialize(self) -> None:
+        with self._errors(""):
+            self._path.mkdir(parents=True, exist_ok=True)
+            root = self._open_root()
+            for name in (
+                layout.SEGMENTS,
+                layout.MANIFESTS,
+                layout.LOCATORS,
+                layout.SLOTS,
+                layout.TILES,
+                layout.TEMPORARY,
+            ):
+                os.close(self._folder(name, create=True))
+            os.fsync(root)
+            _fsync_path(self._path.parent)
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        with self._errors(name):
+            descriptor, size = self._open_file(name)
+            try:
+                if size > limit_bytes:
+                    raise IntegrityError(
+                        f"{self._where(name)}: {size} bytes, expected at most {limit_bytes}",
+                        kind="file_too_large",
+                        where=name,
+                    )
+                pieces = []
+                while piece := os.read(descriptor, limit_bytes + 1):
+                    pieces.append(piece)
+                    limit_bytes -= len(piece)
+                    if limit_bytes < 0:
+                        raise IntegrityError(
+                            f"{self._where(name)}: grows while it is read", kind="file_too_large", where=name
+                        )
+                return b"".join(pieces)
+            finally:
+                os.close(descriptor)
+
+    def read_into(self, name: str, offset_bytes: int, buffer: memoryview) -> None:
+        with self._errors(name):
+            descriptor, _ = self._open_file(name)
+            try:
+                done = 0
+                while done < len(buffer):
+                    count = os.preadv(descriptor, [buffer[done:]], offset_bytes + done)
+                    if count == 0:
+                        raise IntegrityError(
+                            f"{self._where(name)}: ends at byte {offset_bytes + done}, expected at least "
+                            f"{offset_bytes + len(buffer)}: truncated",
+                            kind="truncated",
+                            where=name,
+                        )
+                    done += count
+            finally:
+                os.close(descriptor)
+
+    def size(self, name: str) -> int | None:
+        try:
+            with self._errors(name):
+                descriptor, size = self._open_file(name)
+                os.close(descriptor)
+                return size
+        except NotFoundError:
+            return None
+
+    def list(self, prefix: str = "") -> Iterator[Listed]:
+        try:
+            with self._errors(prefix):
+                folder = self._folder(prefix)
+        except NotFoundError:
+            return
+        try:
+            with self._errors(prefix), os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+                facts = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        finally:
+            os.close(folder)
+        for base, status in facts:
+            name = f"{prefix}/{base}" if prefix else base
+            if name == layout.TEMPORARY:
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                yield from self.list(name)
+            else:
+                yield Listed(name, status.st_size, status.st_mtime)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def create(self, name: str, data: Buffer) -> None:
+        self._write_whole(name, data, replace=False)
+
+    def overwrite(self, name: str, data: Buffer) -> None:
+        self._write_whole(name, data, replace=True)
+
+    def begin(self, name: str) -> Unpublished:
+        with self._errors(name):
+            folder = self._folder(layout.TEMPORARY, create=True)
+            temporary = os.path.basename(layout.temporary())
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                descriptor = os.open(temporary, flags, 0o666, dir_fd=folder)
+            except OSError:
+                os.close(folder)
+                raise
+            return _LocalFile(self, name, folder, temporary, descriptor)
+
+    def publish(self, files: Sequence[Unpublished]) -> None:
+        self._publish([file for file in files if isinstance(file, _LocalFile)], replace=False)
+
+    def delete(self, name: str) -> None:
+        with suppress(NotFoundError), self._errors(name):
+            folder_name, _, base = name.rpartition("/")
+            folder = self._folder(folder_name)
+            try:
+                os.unlink(base, dir_fd=folder)
+            finally:
+                os.close(folder)
+            self._remove_empty(folder_name)
+
+    def sweep_unpublished(self, older_than_s: float) -> int:
+        removed = 0
+        with suppress(NotFoundError), self._errors(layout.TEMPORARY):
+            folder = self._folder(layout.TEMPORARY)
+            try:
+                limit = self.now_s() - older_than_s
+                for base in sorted(os.listdir(folder)):
+                    with suppress(FileNotFoundError):
+                        if os.stat(base, dir_fd=folder, follow_symlinks=False).st_mtime <= limit:
+                            os.unlink(base, dir_fd=folder)
+                            removed += 1
+            finally:
+                os.close(folder)
+        return removed
+
+    def now_s(self) -> float:
+        with self._errors(layout.TEMPORARY):
+            folder = self._folder(layout.TEMPORARY, create=True)
+            name = os.path.basename(layout.temporary())
+            try:
+                descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=folder)
+                try:
+                    return os.fstat(descriptor).st_mtime
+                finally:
+                    os.close(descriptor)
+                    os.unlink(name, dir_fd=folder)
+            finally:
+                os.close(folder)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """flock on the slots' folder: no lock file that could be left behind. Waits at most ten seconds."""
+        with self._errors(layout.SLOTS):
+            folder = self._folder(layout.SLOTS, create=True)
+        try:
+            deadline = time.monotonic() + 10.0
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    # No lock is no harm: the slots order writers. Some network file systems have no flock.
+                    if error.errno not in (errno.EWOULDBLOCK, errno.EINTR) or time.monotonic() > deadline:
+                        break
+                    time.sleep(0.005)
+            yield
+        finally:
+            os.close(folder)
+
+    def close(self) -> None:
+        with self._root_lock:
+            if self._root is not None:
+                os.close(self._root)
+                self._root = None
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _write_whole(self, name: str, data: Buffer, *, replace: bool) -> None:
+        file = self.begin(name)
+        assert isinstance(file, _LocalFile)
+        try:
+            file.write(data)
+            self._publish([file], replace=replace)
+        finally:
+            file.discard()
+
+    def _publish(self, files: Sequence[_LocalFile], *, replace: bool) -> None:
+        folders: dict[str, int] = {}
+        current = ""
+        try:
+            with self._errors("tmp"):
+                for file in files:
+                    current = file.name
+                    os.fsync(file.fileno())
+                for file in files:
+                    current = file.name
+                    folder_name, _, base = file.name.rpartition("/")
+                    if folder_name not in folders:
+                        folders[folder_name] = self._folder(folder_name, create=True)
+                    file.move_to(folders[folder_name], base, replace=replace)
+                for current, folder in folders.items():
+                    os.fsync(folder)
+        except FileExistsError:
+            raise CommitConflictError(f"{self._where(current)}: exists already", where=current) from None
+        finally:
+            for folder in folders.values():
+                os.close(folder)
+            for file in files:
+                file.discard()
+
+    def _open_root(self) -> int:
+        with self._root_lock:
+            if self._root is None:
+                self._root = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            return self._root
+
+    def _folder(self, name: str, *, create: bool = False) -> int:
+        """A new descriptor of a folder below the root, no link followed on the way."""
+        current = os.dup(self._open_root())
+        try:
+            for part in name.split("/") if name else []:
+                try:
+                    following = os.open(part, _FOLDER_FLAGS, dir_fd=current)
+                except FileNotFoundError:
+                    if not create:
+                        raise
+                    with suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=current)
+                    os.fsync(current)  # the new folder's name is durable before anything is put into it
+                    following = os.open(part, _FOLDER_FLAGS, dir_fd=current)
+                os.close(current)
+                current = following
+            return current
+        except OSError:
+            os.close(current)
+            raise
+
+    def _open_file(self, name: str) -> tuple[int, int]:
+        """Descriptor and size of a regular file. O_NONBLOCK: opening a pipe must not wait for its writer."""
+        folder_name, _, base = name.rpartition("/")
+        folder = self._folder(folder_name)
+        try:
+            descriptor = os.open(base, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        finally:
+            os.close(folder)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise IntegrityError(f"{self._where(name)}: not a regular file", kind="not_a_file", where=name)
+        return descriptor, status.st_size
+
+    def _remove_empty(self, folder_name: str) -> None:
+        """Remove a snapshot's folder when its last file went."""
+        parent_name, _, base = folder_name.rpartition("/")
+        if parent_name not in (layout.SEGMENTS, layout.MANIFESTS):
+            return
+        parent = self._folder(parent_name)
+        try:
+            with suppress(OSError):
+                os.rmdir(base, dir_fd=parent)
+        finally:
+            os.close(parent)
+
+    def _where(self, name: str) -> str:
+        return str(self._path / name) if name else str(self._path)
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Translate what the operating system says. FileExistsError passes: it is the caller's conflict."""
+        try:
+            yield
+        except FileExistsError as error:
+            if name == "":  # mkdir of the chain's folder found a file
+                raise self._store_error(name, errno.ENOTDIR, error) from error
+            raise
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{self._where(name)}: no such file or folder", kind="no_file", where=name) from error
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise IntegrityError(
+                    f"{self._where(name)}: {_ADVICE[errno.ELOOP]}", kind="symbolic_link", where=name
+                ) from error
+            raise self._store_error(name, error.errno or 0, error) from error
+
+    def _store_error(self, name: str, number: int, error: OSError) -> StoreError:
+        kind = errno.errorcode.get(number, "store").lower()
+        advice = _ADVICE.get(number, "check the disk and the folder")
+        return StoreError(
+            f"{self._where(name)}: {os.strerror(number)} ({advice})", kind=kind, where=name
+        )
+
+
+class _LocalFile:
+    """A file in ``tmp/`` that will get its name by a link."""
+
+    def __init__(self, store: LocalStore, name: str, folder: int, temporary: str, descriptor: int) -> None:
+        self.name = name
+        self._store = store
+        self._folder = folder
+        self._temporary = temporary
+        self._descriptor = descriptor
+        self._open = True
+
+    def write(self, data: Buffer, /) -> None:
+        with self._store._errors(self.name):
+            view = memoryview(data).cast("B")
+            while len(view):
+                view = view[os.write(self._descriptor, view) :]
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def move_to(self, folder: int, base: str, *, replace: bool) -> None:
+        """Give the file its name in ``folder``; without ``replace`` an existing name raises FileExistsError."""
+        if replace:
+            os.rename(self._temporary, base, src_dir_fd=self._folder, dst_dir_fd=folder)
+        else:
+            os.link(self._temporary, base, src_dir_fd=self._folder, dst_dir_fd=folder, follow_symlinks=False)
+            os.unlink(self._temporary, dir_fd=self._folder)
+        self._close()
+
+    def discard(self) -> None:
+        if self._open:
+            with suppress(OSError):
+                os.unlink(self._temporary, dir_fd=self._folder)
+            self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self._descriptor)
+            os.close(self._folder)
+
+    def __del__(self) -> None:
+        self.discard()
+
+
+def _fsync_path(path: Path) -> None:
+    """Best effort for a folder above the chain, which may not be ours to open."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,35 @@
+"""From what a user types to a store."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import unquote, urlsplit
+
+from ciuic_async.errors import UsageError
+from ciuic_async.stores.base import Store
+from ciuic_async.stores.local import LocalStore
+
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+
+
+def resolve(url: str | os.PathLike[str]) -> Store:
+    """A path or ``file://`` URL as a store. Nothing is created or contacted yet.
+
+    Raises:
+        UsageError: an unknown scheme.
+    """
+    text = os.fspath(url)
+    if not isinstance(text, str) or not text:
+        raise UsageError(f"a chain is a path or URL, found {url!r}")
+    if "\0" in text:
+        raise UsageError("a path cannot hold a NUL byte")
+    match = _SCHEME.match(text)
+    if not match:
+        return LocalStore(os.path.expanduser(text))
+    if match[1].lower() == "file":
+        return LocalStore(unquote(urlsplit(text).path))
+    raise UsageError(
+        f"{match[0]}... is not supported in this version: use a local path; object stores and HDFS are not built yet",
+        kind="unknown_scheme",
+    )

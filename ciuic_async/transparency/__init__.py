@@ -1,0 +1,1 @@
+"""The log: notes, tiles, proofs, slots, keys (C2SP formats)."""
