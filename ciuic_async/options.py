@@ -30,8 +30,8 @@ class WriteOptions:
     """One direct write. Two 4 MiB writes in flight saturate the disks measured."""
     queue_depth: int = 4
     """Buffers per writer: bounds its memory to 16 MiB."""
-    encode_threads: int = 1
-    """Threads that digest and encode."""
+    encode_threads: int = max(1, min(8, (os.cpu_count() or 1) // 4))
+    """Threads that digest and encode: a quarter of the machine, for training needs the rest."""
     niceness: int = 19
     """Of background threads. nice 19 leaves training alone; SCHED_IDLE would starve the writer."""
 

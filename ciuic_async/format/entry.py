@@ -144,9 +144,7 @@ class PruneEntry:
     policy: str
 
     def encode(self) -> bytes:
-        return _checked(
-            self.common.to_json("prune") | {"snapshots": list(self.snapshots), "policy": self.policy}
-        )
+        return _checked(self.common.to_json("prune") | {"snapshots": list(self.snapshots), "policy": self.policy})
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +183,7 @@ def decode(data: bytes, index: int) -> Entry:
     fields.schema(SCHEMA)
     common = Common(
         fields.matching("run", layout.ID),
-        fields.matching("created", _TIME),
+        _time(fields, "created"),
         fields.string("host"),
         fields.string("engine"),
     )
@@ -224,6 +222,8 @@ def _decode_snapshot(common: Common, fields: Fields) -> SnapshotEntry:
         raise malformed(fields.what, f"field 'metrics': expected at most {MAX_METRICS} sorted, distinct names")
     snapshot = fields.matching("snapshot", layout.ID)
     manifest = FileReference.from_fields(fields.object("manifest"), prefix=f"{layout.MANIFESTS}/{snapshot}")
+    if manifest.path != layout.manifest_root(snapshot):
+        raise malformed(fields.what, f"field 'manifest': {manifest.path} is no manifest's root")
     return SnapshotEntry(
         common=common,
         snapshot=snapshot,
@@ -242,6 +242,15 @@ def _decode_snapshot(common: Common, fields: Fields) -> SnapshotEntry:
     )
 
 
+def _time(fields: Fields, name: str) -> str:
+    value = fields.matching(name, _TIME)
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        raise malformed(fields.what, f"field {name!r}: {value} is no time") from None
+    return value
+
+
 def _position(fields: Fields, name: str) -> Position:
     value = fields.raw(name)
     if value is None or isinstance(value, str):
@@ -255,7 +264,10 @@ def timestamp(seconds: float) -> str:
 
 
 def _checked(body: dict[str, jsontext.Json]) -> bytes:
-    data = jsontext.encode(body)
+    try:
+        data = jsontext.encode(body)
+    except ValueError as error:
+        raise UsageError(f"a log entry cannot hold this: {error}", kind="unsupported_value") from error
     if len(data) > LIMIT_BYTES:
         raise UsageError(f"a log entry of {len(data)} bytes, at most {LIMIT_BYTES} fit; shorten tags or metric names")
     assert decode(data, 0) is not None  # what is written can be read: checked on both paths

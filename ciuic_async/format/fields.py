@@ -9,7 +9,7 @@ from typing import Any
 from ciuic_async.errors import FormatVersionError, IntegrityError
 from ciuic_async.format.jsontext import MAX_SAFE_INTEGER
 
-_HEX = re.compile(r"[0-9a-f]*\Z")
+_HEX = re.compile(r"(?:[0-9a-f]{2})*+")
 
 
 def malformed(what: str, message: str) -> IntegrityError:
@@ -58,11 +58,7 @@ class Fields:
         return check_integer(self.raw(name), f"{self.what}: field {name!r}", low=low, high=high)
 
     def hex(self, name: str, size_bytes: int | None = None) -> bytes:
-        value = self.string(name)
-        if not _HEX.match(value) or len(value) % 2 or (size_bytes is not None and len(value) != 2 * size_bytes):
-            expected = "hex" if size_bytes is None else f"{2 * size_bytes} hex digits"
-            raise malformed(self.what, f"field {name!r}: expected {expected}, found {value[:80]!r}")
-        return bytes.fromhex(value)
+        return check_hex(self.raw(name), f"{self.what}: field {name!r}", size_bytes)
 
     def array(self, name: str) -> list[Any]:
         return check_array(self.raw(name), f"{self.what}: field {name!r}")
@@ -93,7 +89,8 @@ class Fields:
             return
         if found.rpartition("/v")[0] == expected.rpartition("/v")[0]:
             raise FormatVersionError(
-                f"{self.what}: written as {found}, this version reads {expected}; upgrade ciuic-async", where=self.what
+                f"{self.what}: written as {found[:80]}, this version reads {expected}; upgrade ciuic-async",
+                where=self.what,
             )
         raise malformed(self.what, f"expected schema {expected!r}, found {found[:80]!r}")
 
@@ -103,7 +100,7 @@ class Fields:
         unknown = [name for name in required if name not in known]
         if unknown:
             raise FormatVersionError(
-                f"{self.what}: needs the feature {unknown[0][:80]!r}, which this version does not know; upgrade ciuic-async",
+                f"{self.what}: needs the feature {unknown[0][:80]!r}, unknown to this version; upgrade ciuic-async",
                 kind="unknown_feature",
                 where=self.what,
             )
@@ -119,8 +116,18 @@ class Fields:
 def check_integer(value: object, what: str, *, low: int = 0, high: int = MAX_SAFE_INTEGER) -> int:
     """``value`` if it is an integer (no bool) in ``low..high``."""
     if type(value) is not int or not low <= value <= high:
-        raise malformed(what, f"expected an integer in {low}..{high}, found {str(value)[:80]}")
+        raise malformed(what, f"expected an integer in {low}..{high}, found {_shown(value)}")
     return value
+
+
+def check_hex(value: object, what: str, size_bytes: int | None = None) -> bytes:
+    """The bytes of a lower-case hex string; ``bytes.fromhex`` alone would take spaces and capitals."""
+    expected = "hex" if size_bytes is None else f"{2 * size_bytes} hex digits"
+    if not isinstance(value, str) or (size_bytes is not None and len(value) != 2 * size_bytes):
+        raise malformed(what, f"expected {expected}, found {_shown(value)}")
+    if not _HEX.fullmatch(value):
+        raise malformed(what, f"expected {expected}, found {_shown(value)}")
+    return bytes.fromhex(value)
 
 
 def check_array(value: object, what: str) -> list[Any]:
@@ -128,3 +135,10 @@ def check_array(value: object, what: str) -> list[Any]:
     if not isinstance(value, list):
         raise malformed(what, f"expected an array, found {type(value).__name__}")
     return value
+
+
+def _shown(value: object) -> str:
+    """A hostile value for a message, short whatever it is."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    return repr(value)[:80] if isinstance(value, int) else type(value).__name__

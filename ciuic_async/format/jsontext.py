@@ -1,14 +1,17 @@
 """The one JSON dialect of all files: canonical, integers only, bounded (docs/format.md, section 2).
 
-For the values it admits the encoding equals RFC 8785. ``decode`` treats its input as hostile: size and depth are
-checked before parsing, and the text must be exactly what ``encode`` would write, so no byte of a file is without
-meaning.
+For the values it admits the encoding equals RFC 8785, as long as keys stay within the Basic Multilingual Plane (RFC
+8785 sorts keys by UTF-16 units, this dialect by code points). ``decode`` treats its input as hostile: size and depth
+are checked before parsing, and the text must be exactly what ``encode`` would write, so no byte of a file is without
+meaning. ``encode`` refuses what ``decode`` would refuse: nothing unreadable is ever written.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from array import array
+from itertools import accumulate
 from typing import Any, NoReturn
 
 from ciuic_async.errors import IntegrityError
@@ -18,17 +21,35 @@ MAX_DEPTH = 400
 
 Json = None | bool | int | str | list[Any] | dict[str, Any]
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Possessive, and an unterminated string takes the rest: linear time and constant memory on any input.
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_FLOAT = re.compile(rb"[0-9](?:\.|e)")
+_LONG_INTEGER = re.compile(rb"[0-9]{16,}")
+_BRACKETS = b"[]{}"
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _BRACKETS)
+_STEPS = bytes.maketrans(_BRACKETS, b"\x01\xff\x01\xff")  # as signed bytes: +1 opens, -1 closes
 
 
 def encode(value: Json) -> bytes:
     """Canonical UTF-8 text of ``value``: keys sorted, no white space.
 
     Raises:
-        ValueError: a float, a lone surrogate or another value that JSON or UTF-8 cannot hold.
+        ValueError: a float, an integer beyond 2^53 - 1, a lone surrogate, a depth above ``MAX_DEPTH`` or another value
+            that this dialect cannot hold.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8")
+    try:
+        data = _write(value)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+    bare = _STRINGS.sub(b"", data)
+    if _FLOAT.search(bare):
+        raise ValueError("a float has no place in this JSON: only integers are allowed")
+    for match in _LONG_INTEGER.finditer(bare):
+        if len(match[0]) > 16 or int(match[0]) > MAX_SAFE_INTEGER:
+            raise ValueError(f"an integer of {len(match[0])} digits is beyond 2^53 - 1")
+    if _deepest(bare) > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}")
+    return data
 
 
 def decode(data: bytes, *, what: str, limit_bytes: int) -> Json:
@@ -46,7 +67,7 @@ def decode(data: bytes, *, what: str, limit_bytes: int) -> Json:
         raise IntegrityError(
             f"{what}: JSON of {len(data)} bytes, at most {limit_bytes} are allowed", kind="json_too_large", where=what
         )
-    if _depth(data) > MAX_DEPTH:
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _deepest(_STRINGS.sub(b"", data)) > MAX_DEPTH:
         raise IntegrityError(f"{what}: JSON nested deeper than {MAX_DEPTH}", kind="json_too_deep", where=what)
     try:
         value: Json = json.loads(
@@ -56,9 +77,10 @@ def decode(data: bytes, *, what: str, limit_bytes: int) -> Json:
             parse_int=_parse_int,
             parse_constant=_refuse,
         )
+        canonical = _write_or_none(value)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{what}: not valid JSON: {error}", kind="json_syntax", where=what) from None
-    if _encode_or_none(value) != data:
+    if canonical != data:
         raise IntegrityError(
             f"{what}: JSON is not in canonical form (sorted keys, no white space); the file was changed",
             kind="json_not_canonical",
@@ -67,27 +89,22 @@ def decode(data: bytes, *, what: str, limit_bytes: int) -> Json:
     return value
 
 
-def _encode_or_none(value: Json) -> bytes | None:
+def _write(value: Json) -> bytes:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def _write_or_none(value: Json) -> bytes | None:
     try:
-        return encode(value)
+        return _write(value)
     except ValueError:  # an escaped lone surrogate parses, but has no canonical form
         return None
 
 
-def _depth(data: bytes) -> int:
-    """Deepest nesting of brackets outside strings. One pass, no recursion."""
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
-        return 0
-    depth = deepest = 0
-    for byte in _STRINGS.sub(b"", data):
-        if byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-            if deepest > MAX_DEPTH:
-                break
-        elif byte in b"]}":
-            depth -= 1
-    return deepest
+def _deepest(bare: bytes) -> int:
+    """Deepest nesting of brackets in text without strings. One pass, no recursion."""
+    steps = array("b", bare.translate(_STEPS, _NO_BRACKETS))
+    return max(accumulate(steps), default=0)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ TEMPORARY = "tmp"
 
 ID = re.compile(r"[0-9a-f]{20}")
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
-_GROUPS = r"(?:x[0-9]{3}/)*[0-9]{3}"
+_GROUPS = r"(?:(?!x000)(?:x[0-9]{3}/){1,6})?[0-9]{3}"  # no leading zero group; at most 7 groups
+_WIDTH = r"(?:[1-9][0-9]?|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _KNOWN = re.compile(
     "|".join(
         (
@@ -27,7 +28,7 @@ _KNOWN = re.compile(
             rf"segments/(?P<segment>[0-9a-f]{{20}})/{_NUMBER}-{_NUMBER}\.seg",
             rf"manifests/(?P<manifest>[0-9a-f]{{20}})/(?:root|{_NUMBER})\.json",
             rf"locators/(?P<locator>[0-9a-f]{{20}})\.(?P<generation>{_NUMBER})\.json",
-            rf"log/tile/(?:entries|[0-9]|[1-5][0-9]|6[0-3])/{_GROUPS}(?:\.p/[1-9][0-9]{{0,2}})?",
+            rf"log/tile/(?:entries|[0-9]|[1-5][0-9]|6[0-3])/{_GROUPS}(?:\.p/{_WIDTH})?",
             r"log/commit/(?P<slot>[0-9]{20})",
             r"tmp/[0-9a-f]{32}",
         )

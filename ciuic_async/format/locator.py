@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from ciuic_async.errors import IntegrityError
 from ciuic_async.format import jsontext, layout
 from ciuic_async.format.digest import DIGEST_SIZE_BYTES, digest
-from ciuic_async.format.fields import Fields, check_array, check_integer, malformed
-from ciuic_async.format.segment import RECORD_HEADER_BYTES
+from ciuic_async.format.fields import Fields, check_array, check_hex, check_integer, malformed
+from ciuic_async.format.segment import (
+    ALIGNMENT_BYTES,
+    FILE_HEADER_BYTES,
+    MAX_RECORD_HEADER_BYTES,
+    RECORD_HEADER_BYTES,
+    stored_limit_bytes,
+)
 
 SCHEMA = "ciuic.dev/locator/v1"
 LIMIT_BYTES = 256 << 20
@@ -71,7 +77,7 @@ def decode(data: bytes, snapshot: str, generation: int, distinct: dict[bytes, in
         distinct: ``Manifest.distinct_chunks()``: the rows' order.
 
     Raises:
-        IntegrityError: kind ``digest_mismatch`` or ``malformed``.
+        IntegrityError: kind ``digest_mismatch``, ``malformed``, ``bad_name`` or one of ``jsontext.decode``.
     """
     what = layout.locator(snapshot, generation)
     value = jsontext.decode(data, what=what, limit_bytes=LIMIT_BYTES)
@@ -86,25 +92,26 @@ def decode(data: bytes, snapshot: str, generation: int, distinct: dict[bytes, in
     segments = []
     for row in fields.array("segments"):
         row = check_array(row, what)
-        if len(row) != 3 or not isinstance(row[0], str) or not isinstance(row[2], str) or len(row[2]) != 64:
+        if len(row) != 3 or not isinstance(row[0], str):
             raise malformed(what, "a segment row is not [path, size, digest]")
         path = layout.check_reference(row[0], layout.SEGMENTS, what)
-        try:
-            segment_digest = bytes.fromhex(row[2])
-        except ValueError:
-            raise malformed(what, "a segment's digest is no hex") from None
+        segment_digest = check_hex(row[2], what, DIGEST_SIZE_BYTES)
         segments.append(SegmentReference(path, check_integer(row[1], what), segment_digest))
     rows = fields.array("chunks")
     if len(rows) != len(distinct):
         raise malformed(what, f"{len(rows)} rows for {len(distinct)} distinct chunks")
     fields.done()
     chunks = {}
-    for chunk, row in zip(distinct, rows, strict=True):
+    for (chunk, raw_size), row in zip(distinct.items(), rows, strict=True):
         numbers = [check_integer(item, what) for item in check_array(row, what)]
         if len(numbers) != 5 or numbers[0] >= len(segments):
             raise malformed(what, "a chunk row is not [segment, offset, size, codec, depth]")
         segment = segments[numbers[0]]
         if numbers[2] < RECORD_HEADER_BYTES or numbers[1] + numbers[2] > segment.size_bytes:
             raise malformed(what, f"a record at {numbers[1]} of {numbers[2]} bytes lies outside {segment.path}")
+        if numbers[1] < FILE_HEADER_BYTES or numbers[1] % ALIGNMENT_BYTES:
+            raise malformed(what, f"no record can start at byte {numbers[1]} of {segment.path}")
+        if numbers[2] > MAX_RECORD_HEADER_BYTES + stored_limit_bytes(raw_size):
+            raise malformed(what, f"a record of {numbers[2]} bytes for a chunk of {raw_size} bytes")
         chunks[chunk] = ChunkLocation(segment, *numbers[1:])
     return Locator(snapshot, generation, chunks)

@@ -6,9 +6,11 @@ check everything that can be checked without the chunks themselves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import product
 from typing import Any
 
 from ciuic_async.errors import UsageError
@@ -26,6 +28,8 @@ PART_LIMIT_BYTES = 64 << 20
 PART_TARGET_BYTES = 32 << 20  # a part is closed when it reaches this size
 MAX_DIMENSIONS = 64
 MAX_TENSOR_BYTES = 2**53 - 1
+MAX_SPLIT_DIMENSIONS = 6  # dimensions of one tensor along which shards are cut: bounds the check for overlaps
+MAX_SHARD_CORNERS = 1 << 20  # shards of one tensor, times two for each such dimension
 PACK_LIMIT_BYTES = 64 << 10  # tensors below this size are packed
 PACK_ALIGNMENT_BYTES = 16
 
@@ -42,7 +46,8 @@ Node = Any  # a value node: JSON as docs/format.md section 2 defines it
 class Shard:
     """The box of a tensor that one rank holds; offsets and sizes in elements.
 
-    Either ``digests`` (32 bytes a chunk, concatenated) with ``chunk_size_bytes``, or ``pack`` = (index, offset in bytes).
+    Either ``digests`` (32 bytes a chunk, concatenated) with ``chunk_size_bytes``, or ``pack`` = (index, offset in
+    bytes).
     """
 
     offsets: tuple[int, ...]
@@ -154,6 +159,12 @@ def dotted(path: Path) -> str:
     return ".".join(str(item) for item in path) or "(the state itself)"
 
 
+def _shown(path: Path) -> str:
+    """A hostile path for a message: short, and without characters that a terminal would obey."""
+    text = dotted(path)[:200]
+    return text if text.isprintable() else repr(text)
+
+
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
@@ -169,20 +180,30 @@ class EncodedManifest:
         return _reference(*self.root)
 
 
-def encode(manifest: Manifest) -> EncodedManifest:
-    """Split into parts of about ``PART_TARGET_BYTES`` and a root.
+def encode(manifest: Manifest, *, part_target_bytes: int = PART_TARGET_BYTES) -> EncodedManifest:
+    """Split into parts of about ``part_target_bytes`` and a root.
 
     Raises:
-        UsageError: one top-level name's tree alone exceeds a part, or the root its limit. Nothing was written.
+        UsageError: one top-level name's tree alone exceeds a part, or the root its limit (kind ``state_too_large``); or
+            a node holds what the format's JSON cannot, such as a depth above 400 (kind ``unsupported_value``). Nothing
+            was written.
     """
+    try:
+        return _encode(manifest, part_target_bytes)
+    except ValueError as error:
+        raise UsageError(f"the state cannot be described: {error}", kind="unsupported_value") from error
+
+
+def _encode(manifest: Manifest, part_target_bytes: int) -> EncodedManifest:
     names_and_bytes = []
-    for number, body in enumerate(_part_bodies(manifest)):
+    for number, body in enumerate(_part_bodies(manifest, part_target_bytes)):
         header = {"schema": PART_SCHEMA, "snapshot": manifest.snapshot, "part": number, "rank": 0}
         data = jsontext.encode(header | body)
         if len(data) > PART_LIMIT_BYTES:
             raise UsageError(
-                f"the state's structure needs {len(data)} bytes of manifest in one part, at most {PART_LIMIT_BYTES} fit: "
-                "too many values under one top-level name; split it into several names or store numbers as tensors",
+                f"the state's structure needs {len(data)} bytes of manifest in one part, at most {PART_LIMIT_BYTES} "
+                "fit: too many values under one top-level name; split it into several names or store numbers as "
+                "tensors",
                 kind="state_too_large",
             )
         names_and_bytes.append((layout.manifest_part(manifest.snapshot, number), data))
@@ -207,13 +228,13 @@ def encode(manifest: Manifest) -> EncodedManifest:
     )
     if len(root) > ROOT_LIMIT_BYTES:
         raise UsageError(
-            f"the manifest's root needs {len(root)} bytes, at most {ROOT_LIMIT_BYTES} fit: epoch or batch are too large",
+            f"the manifest's root needs {len(root)} bytes, at most {ROOT_LIMIT_BYTES} fit: epoch or batch is too large",
             kind="state_too_large",
         )
     return EncodedManifest(tuple(names_and_bytes), (layout.manifest_root(manifest.snapshot), root))
 
 
-def _part_bodies(manifest: Manifest) -> Iterator[dict[str, Any]]:
+def _part_bodies(manifest: Manifest, part_target_bytes: int) -> Iterator[dict[str, Any]]:
     """Cut trees, packs and tensors into pieces, in order, by the size of their JSON."""
     body: dict[str, Any] = {"trees": [], "packs": [], "tensors": []}
     size = 0
@@ -227,7 +248,7 @@ def _part_bodies(manifest: Manifest) -> Iterator[dict[str, Any]]:
     items += [("tensors", _tensor_json(tensor)) for tensor in manifest.tensors]
     for name, item in items:
         item_size = len(jsontext.encode(item))
-        if size and size + item_size > PART_TARGET_BYTES:
+        if size and size + item_size > part_target_bytes:
             yield body
             body, size = {"trees": [], "packs": [], "tensors": []}, 0
         body[name].append(item)
@@ -320,8 +341,8 @@ def assemble(root: ManifestRoot, parts: Sequence[bytes]) -> Manifest:
     trees: list[Tree] = []
     packs: list[Pack] = []
     tensors: list[StoredTensor] = []
-    for number, data in enumerate(parts):
-        what = root.parts[number].path
+    for number, (reference, data) in enumerate(zip(root.parts, parts, strict=True)):
+        what = reference.path
         fields = Fields(jsontext.decode(data, what=what, limit_bytes=PART_LIMIT_BYTES), what)
         fields.schema(PART_SCHEMA)
         if fields.string("snapshot") != root.snapshot or fields.integer("part") != number:
@@ -376,7 +397,7 @@ def _tensor(item: object, what: str) -> StoredTensor:
         part if isinstance(part, str) else check_integer(part, f"{what}: path", low=-(2**53) + 1)
         for part in fields.array("path")
     )
-    where = f"{what}: tensor {dotted(path)[:200]}"
+    where = f"{what}: tensor {_shown(path)}"
     dtype = fields.string("dtype")
     item_size = dtypes.item_size_bytes(dtype, where)
     shape = fields.integers("shape")
@@ -401,6 +422,8 @@ def _shard(item: object, shape: tuple[int, ...], item_size: int, where: str) -> 
         if len(pair) != 2:
             raise malformed(where, "field 'pack': expected [pack, offset]")
         pack = (check_integer(pair[0], where), check_integer(pair[1], where))
+        if pack[1] % PACK_ALIGNMENT_BYTES:
+            raise malformed(where, f"offset {pack[1]} in a pack is no multiple of {PACK_ALIGNMENT_BYTES}")
         shard = Shard(offsets, sizes, pack=pack)
     else:
         chunk_size = fields.integer("chunk_size_bytes", low=16, high=MAX_CHUNK_BYTES)
@@ -416,20 +439,27 @@ def _shard(item: object, shape: tuple[int, ...], item_size: int, where: str) -> 
 
 
 def _check_cover(shape: tuple[int, ...], shards: tuple[Shard, ...], where: str) -> None:
-    """Shards must neither overlap nor leave holes: disjoint boxes whose volumes add up."""
-    if len(shards) > 1:
-        boxes = sorted((shard.offsets, shard.sizes) for shard in shards if volume(shard.sizes))
-        for number, (offsets, sizes) in enumerate(boxes):
-            for other_offsets, other_sizes in boxes[number + 1 :]:
-                if other_offsets[:1] and other_offsets[0] >= offsets[0] + sizes[0]:
-                    break  # sorted by the first offset: all later boxes start behind this one
-                if all(
-                    a < d + e and d < a + b
-                    for a, b, d, e in zip(offsets, sizes, other_offsets, other_sizes, strict=True)
-                ):
-                    raise malformed(where, "shards overlap")
-    if sum(volume(shard.sizes) for shard in shards) != volume(shape):
-        raise malformed(where, "shards leave holes")
+    """Shards must neither overlap nor leave holes.
+
+    The boxes add up to the tensor exactly when their corners do, counted +1 and -1 by turns along every axis: the
+    corners are the mixed derivative of a box's indicator function, which determines it. Unlike comparing pairs this
+    stays linear in the number of shards, which is hostile.
+    """
+    boxes = [(shard.offsets, shard.sizes) for shard in shards if volume(shard.sizes)]
+    if sum(volume(sizes) for _, sizes in boxes) != volume(shape):
+        raise malformed(where, f"shards of {len(boxes)} boxes leave holes or overlap")
+    split = [axis for axis, whole in enumerate(shape) if any(sizes[axis] != whole for _, sizes in boxes)]
+    if len(split) > MAX_SPLIT_DIMENSIONS or len(boxes) << len(split) > MAX_SHARD_CORNERS:
+        raise malformed(where, f"{len(boxes)} shards along {len(split)} dimensions are too many")
+    corners: Counter[tuple[int, ...]] = Counter()
+    tensor = [((0,) * len(shape), shape)] if boxes else []
+    for weight, group in ((1, boxes), (-1, tensor)):
+        for offsets, sizes in group:
+            for upper in product((0, 1), repeat=len(split)):
+                corner = tuple(offsets[axis] + at * sizes[axis] for axis, at in zip(split, upper, strict=True))
+                corners[corner] += weight * (-1) ** sum(upper)
+    if any(corners.values()):
+        raise malformed(where, "shards overlap and leave holes")
 
 
 def _check_together(manifest: Manifest, root: ManifestRoot) -> None:
@@ -440,7 +470,7 @@ def _check_together(manifest: Manifest, root: ManifestRoot) -> None:
                 number, offset = shard.pack
                 size = volume(shard.sizes) * tensor.item_size_bytes
                 if number >= len(manifest.packs) or offset + size > manifest.packs[number].size_bytes:
-                    raise malformed(what, f"tensor {dotted(tensor.path)[:200]} lies outside its pack")
+                    raise malformed(what, f"tensor {_shown(tensor.path)} lies outside its pack")
     if manifest.chunk_tree() != root.chunks:
         raise malformed(what, "the chunk tree does not match the chunks")
     if manifest.raw_bytes != root.raw_bytes:

@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 
 from ciuic_async.errors import FormatVersionError, IntegrityError
+from ciuic_async.format import layout
 from ciuic_async.format.digest import DIGEST_SIZE_BYTES, ZERO_DIGEST, Buffer, digest
 
 VERSION = 1
@@ -50,6 +51,11 @@ MAX_RECORD_HEADER_BYTES = RECORD_HEADER_BYTES + 16 * PLANE_ENTRY_BYTES  # 16 pla
 def align_up(value: int, alignment: int) -> int:
     """The smallest multiple of ``alignment`` (a power of two) that is at least ``value``."""
     return (value + alignment - 1) & ~(alignment - 1)
+
+
+def stored_limit_bytes(raw_size_bytes: int) -> int:
+    """The most bytes a payload may have: no codec doubles its input, and a reader never allocates what a lie asks."""
+    return 2 * raw_size_bytes + 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,9 @@ def parse_record_header(data: Buffer, what: str) -> RecordHeader:
     if digest(plain)[:8] != checksum:
         raise _bad(what, "record header does not match its checksum", kind="checksum_mismatch")
     if codec not in CODEC_NAMES:
-        raise FormatVersionError(f"{what}: unknown codec {codec}; upgrade ciuic-async", kind="unknown_codec", where=what)
+        raise FormatVersionError(
+            f"{what}: unknown codec {codec}; upgrade ciuic-async", kind="unknown_codec", where=what
+        )
     if encryption != ENCRYPTION_NONE:
         raise FormatVersionError(
             f"{what}: unknown encryption {encryption}; upgrade ciuic-async", kind="unknown_encryption", where=what
@@ -150,6 +158,8 @@ def _check_record(header: RecordHeader, what: str) -> None:
         raise _bad(what, f"raw size of {header.raw_size_bytes} bytes, at most {MAX_CHUNK_BYTES} are allowed")
     if header.item_size_bytes not in ITEM_SIZES_BYTES or header.raw_size_bytes % header.item_size_bytes:
         raise _bad(what, f"{header.raw_size_bytes} bytes are no whole items of {header.item_size_bytes} bytes")
+    if header.stored_size_bytes > stored_limit_bytes(header.raw_size_bytes):
+        raise _bad(what, f"stores {header.stored_size_bytes} bytes for {header.raw_size_bytes}")
     if header.depth or header.base != ZERO_DIGEST:
         raise FormatVersionError(f"{what}: delta records need a newer ciuic-async", kind="unknown_feature", where=what)
     if header.codec == CODEC_RAW:
@@ -185,9 +195,10 @@ def parse_file_header(data: Buffer, what: str) -> tuple[str, int, int]:
         raise _bad(what, "not a segment")
     if version != VERSION:
         raise FormatVersionError(f"{what}: segment version {version}, this version reads {VERSION}", where=what)
-    if zero or size != FILE_HEADER_BYTES or any(pad):
+    snapshot_id = snapshot.decode("ascii", "replace")
+    if zero or size != FILE_HEADER_BYTES or any(pad) or not layout.ID.fullmatch(snapshot_id):
         raise _bad(what, "segment header is malformed")
-    return snapshot.decode("ascii", "replace"), rank, number
+    return snapshot_id, rank, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +255,8 @@ def parse_trailer(data: Buffer, file_size_bytes: int, what: str) -> Trailer:
     if size != file_size_bytes or size % DIRECT_ALIGNMENT_BYTES:
         raise _bad(what, f"segment says it has {size} bytes, found {file_size_bytes}")
     end = index_offset + INDEX_HEADER_BYTES + INDEX_ENTRY_BYTES * count + TRAILER_BYTES
-    if count > MAX_RECORDS or index_offset % ALIGNMENT_BYTES or align_up(end, DIRECT_ALIGNMENT_BYTES) != size:
+    misplaced = index_offset < FILE_HEADER_BYTES or index_offset % ALIGNMENT_BYTES
+    if count > MAX_RECORDS or misplaced or align_up(end, DIRECT_ALIGNMENT_BYTES) != size:
         raise _bad(what, f"segment index at {index_offset} with {count} entries does not fit {size} bytes")
     return Trailer(index_offset, count, size, found)
 
@@ -252,17 +264,28 @@ def parse_trailer(data: Buffer, file_size_bytes: int, what: str) -> Trailer:
 def parse_index(data: Buffer, trailer: Trailer, what: str) -> list[IndexEntry]:
     """Parse the index: ``data`` is everything from the index's offset to the trailer."""
     view = memoryview(data)
+    expected = trailer.file_size_bytes - TRAILER_BYTES - trailer.index_offset_bytes
+    if len(view) != expected:
+        raise _bad(what, f"segment index of {len(view)} bytes, expected {expected}")
     magic, zero, count = _INDEX_HEADER.unpack_from(view)
     if magic != _INDEX_MAGIC or any(zero) or count != trailer.count:
         raise _bad(what, "segment index is malformed")
     end = INDEX_HEADER_BYTES + INDEX_ENTRY_BYTES * count
     if any(view[end:]):
         raise _bad(what, "padding after the segment index is not zero")
-    entries = []
+    entries: list[IndexEntry] = []
+    position = FILE_HEADER_BYTES
     for fields in _INDEX_ENTRY.iter_unpack(view[INDEX_HEADER_BYTES:end]):
         chunk, offset, record_size, raw_size, codec, pad = fields
         if any(pad) or offset % ALIGNMENT_BYTES or offset + record_size > trailer.index_offset_bytes:
             raise _bad(what, f"segment index refers to a record at {offset} of {record_size} bytes")
+        if offset < position or record_size < RECORD_HEADER_BYTES or raw_size > MAX_CHUNK_BYTES:
+            raise _bad(what, f"segment index: a record at {offset} of {record_size} bytes overlaps or is no record")
+        if codec not in CODEC_NAMES:
+            raise FormatVersionError(
+                f"{what}: unknown codec {codec}; upgrade ciuic-async", kind="unknown_codec", where=what
+            )
+        position = offset + record_size
         entries.append(IndexEntry(chunk, offset, record_size, raw_size, codec))
     return entries
 

@@ -21,7 +21,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from ciuic_async.errors import IntegrityError
 from ciuic_async.format.digest import Buffer
+
+
+def check_name(name: str) -> str:
+    """``name`` if it stays inside a store: the last guard below ``layout.check_reference``.
+
+    Raises:
+        IntegrityError: kind ``bad_name``; the name is absolute, climbs, or holds an empty part or a NUL.
+    """
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise IntegrityError(f"{name[:120]!r} is no name inside a store", kind="bad_name", where=name[:120])
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +63,10 @@ class Unpublished(Protocol):
     """The name it will have."""
 
     def write(self, data: Buffer, /) -> None:
-        """Append all of ``data``. Raises StoreError; the file can then only be discarded."""
+        """Append all of ``data``. Raises StoreError; the file can then only be discarded.
+
+        After ``publish`` or ``discard`` this is an InternalError (kind ``not_open``), as is publishing again.
+        """
 
     def fileno(self) -> int:
         """Its descriptor, where the store has ``file_descriptors``; who writes to it appends in order.
@@ -111,7 +126,9 @@ class Store(Protocol):
         discarded, nothing is retried.
 
         Raises:
-            CommitConflictError: one of the names exists.
+            CommitConflictError: one of the names exists. Names before it in ``files`` may have been published; what is
+                not published is discarded.
+            InternalError: kind ``not_open``; a file of another store, or one published or discarded before.
         """
 
     def delete(self, name: str) -> None:

@@ -20,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ciuic_async.errors import CommitConflictError, IntegrityError, NotFoundError, StoreError
+from ciuic_async.errors import CommitConflictError, IntegrityError, InternalError, NotFoundError, StoreError
 from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer
-from ciuic_async.stores.base import Capabilities, Listed, Unpublished
+from ciuic_async.stores.base import Capabilities, Listed, Unpublished, check_name
 
+_MAX_DEPTH = 32  # folders below the root; the format needs 11
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free space or prune snapshots",
@@ -33,6 +34,7 @@ _ADVICE = {
     errno.EACCES: "permission denied: check owner and mode of the folder",
     errno.EPERM: "not permitted: check owner and mode of the folder",
     errno.ENOTDIR: "a file stands where a folder is expected: choose another path or move the file",
+    errno.ENOENT: "the folder cannot be made or was removed, or the unpublished file was swept: choose another folder",
     errno.EIO: "the device reported an I/O error: check the disk",
     errno.EFBIG: "the file is larger than this process may write (ulimit -f)",
     errno.EMFILE: "too many open files (ulimit -n)",
@@ -55,9 +57,9 @@ class LocalStore:
         return str(self._path)
 
     def initialize(self) -> None:
-        with self._errors(""):
+        with self._errors("", writing=True):
+            missing = [folder for folder in self._path.parents if not folder.exists()]
             self._path.mkdir(parents=True, exist_ok=True)
-            root = self._open_root()
             for name in (
                 layout.SEGMENTS,
                 layout.MANIFESTS,
@@ -67,8 +69,13 @@ class LocalStore:
                 layout.TEMPORARY,
             ):
                 os.close(self._folder(name, create=True))
-            os.fsync(root)
-            _fsync_path(self._path.parent)
+            root = self._folder("")
+            try:
+                os.fsync(root)
+            finally:
+                os.close(root)
+            for folder in dict.fromkeys([self._path.parent, *(folder.parent for folder in missing)]):
+                _fsync_path(folder)  # the names of folders that were made on the way
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -83,7 +90,8 @@ class LocalStore:
                         where=name,
                     )
                 pieces = []
-                while piece := os.read(descriptor, limit_bytes + 1):
+                # Asked for is little more than there is: os.read allocates what it is asked for.
+                while piece := os.read(descriptor, min(limit_bytes, size) + 1):
                     pieces.append(piece)
                     limit_bytes -= len(piece)
                     if limit_bytes < 0:
@@ -95,6 +103,7 @@ class LocalStore:
                 os.close(descriptor)
 
     def read_into(self, name: str, offset_bytes: int, buffer: memoryview) -> None:
+        buffer = buffer.cast("B")
         with self._errors(name):
             descriptor, _ = self._open_file(name)
             try:
@@ -122,6 +131,14 @@ class LocalStore:
             return None
 
     def list(self, prefix: str = "") -> Iterator[Listed]:
+        if prefix == layout.TEMPORARY or prefix.startswith(layout.TEMPORARY + "/"):
+            return
+        if prefix.count("/") >= _MAX_DEPTH:
+            raise IntegrityError(
+                f"{self._where(prefix)}: folders nested deeper than {_MAX_DEPTH}: not made by this package",
+                kind="bad_name",
+                where=prefix,
+            )
         try:
             with self._errors(prefix):
                 folder = self._folder(prefix)
@@ -129,14 +146,16 @@ class LocalStore:
             return
         try:
             with self._errors(prefix), os.scandir(folder) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
-                facts = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+                facts = []
+                for entry in scan:
+                    with suppress(FileNotFoundError):  # deleted since: a listing is no consistent view
+                        facts.append((entry.name, entry.stat(follow_symlinks=False)))
         finally:
             os.close(folder)
+        # By whole name: a folder's files come where its name with the slash belongs.
+        facts.sort(key=lambda fact: fact[0] + "/" * stat.S_ISDIR(fact[1].st_mode))
         for base, status in facts:
             name = f"{prefix}/{base}" if prefix else base
-            if name == layout.TEMPORARY:
-                continue
             if stat.S_ISDIR(status.st_mode):
                 yield from self.list(name)
             else:
@@ -151,7 +170,8 @@ class LocalStore:
         self._write_whole(name, data, replace=True)
 
     def begin(self, name: str) -> Unpublished:
-        with self._errors(name):
+        check_name(name)
+        with self._errors(name, writing=True):
             folder = self._folder(layout.TEMPORARY, create=True)
             temporary = os.path.basename(layout.temporary())
             try:
@@ -163,11 +183,14 @@ class LocalStore:
             return _LocalFile(self, name, folder, temporary, descriptor)
 
     def publish(self, files: Sequence[Unpublished]) -> None:
-        self._publish([file for file in files if isinstance(file, _LocalFile)], replace=False)
+        ours = [file for file in files if isinstance(file, _LocalFile)]
+        if len(ours) != len(files):
+            raise InternalError(f"{self.url}: publish was given a file of another store", kind="not_open")
+        self._publish(ours, replace=False)
 
     def delete(self, name: str) -> None:
         with suppress(NotFoundError), self._errors(name):
-            folder_name, _, base = name.rpartition("/")
+            folder_name, _, base = check_name(name).rpartition("/")
             folder = self._folder(folder_name)
             try:
                 os.unlink(base, dir_fd=folder)
@@ -182,7 +205,7 @@ class LocalStore:
             try:
                 limit = self.now_s() - older_than_s
                 for base in sorted(os.listdir(folder)):
-                    with suppress(FileNotFoundError):
+                    with suppress(FileNotFoundError, IsADirectoryError):  # a folder in tmp/ is not ours
                         if os.stat(base, dir_fd=folder, follow_symlinks=False).st_mtime <= limit:
                             os.unlink(base, dir_fd=folder)
                             removed += 1
@@ -247,22 +270,22 @@ class LocalStore:
 
     def _publish(self, files: Sequence[_LocalFile], *, replace: bool) -> None:
         folders: dict[str, int] = {}
-        current = ""
         try:
-            with self._errors("tmp"):
-                for file in files:
-                    current = file.name
+            for file in files:
+                with self._errors(file.name, writing=True):
                     os.fsync(file.fileno())
-                for file in files:
-                    current = file.name
-                    folder_name, _, base = file.name.rpartition("/")
-                    if folder_name not in folders:
-                        folders[folder_name] = self._folder(folder_name, create=True)
-                    file.move_to(folders[folder_name], base, replace=replace)
-                for current, folder in folders.items():
+            for file in files:
+                folder_name, _, base = file.name.rpartition("/")
+                try:
+                    with self._errors(file.name, writing=True):
+                        if folder_name not in folders:
+                            folders[folder_name] = self._folder(folder_name, create=True)
+                        file.move_to(folders[folder_name], base, replace=replace)
+                except FileExistsError:
+                    raise CommitConflictError(f"{self._where(file.name)}: exists already", where=file.name) from None
+            for folder_name, folder in folders.items():
+                with self._errors(folder_name, writing=True):
                     os.fsync(folder)
-        except FileExistsError:
-            raise CommitConflictError(f"{self._where(current)}: exists already", where=current) from None
         finally:
             for folder in folders.values():
                 os.close(folder)
@@ -270,25 +293,27 @@ class LocalStore:
                 file.discard()
 
     def _open_root(self) -> int:
+        """A new descriptor of the chain's folder, which may have been renamed since it was first opened."""
         with self._root_lock:
             if self._root is None:
                 self._root = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            return self._root
+            return os.dup(self._root)
 
     def _folder(self, name: str, *, create: bool = False) -> int:
         """A new descriptor of a folder below the root, no link followed on the way."""
-        current = os.dup(self._open_root())
+        parts = check_name(name).split("/") if name else []
+        current = self._open_root()
         try:
-            for part in name.split("/") if name else []:
+            for part in parts:
                 try:
-                    following = os.open(part, _FOLDER_FLAGS, dir_fd=current)
+                    following = _open_folder(part, current)
                 except FileNotFoundError:
                     if not create:
                         raise
                     with suppress(FileExistsError):
                         os.mkdir(part, dir_fd=current)
                     os.fsync(current)  # the new folder's name is durable before anything is put into it
-                    following = os.open(part, _FOLDER_FLAGS, dir_fd=current)
+                    following = _open_folder(part, current)
                 os.close(current)
                 current = following
             return current
@@ -298,10 +323,18 @@ class LocalStore:
 
     def _open_file(self, name: str) -> tuple[int, int]:
         """Descriptor and size of a regular file. O_NONBLOCK: opening a pipe must not wait for its writer."""
-        folder_name, _, base = name.rpartition("/")
+        folder_name, _, base = check_name(name).rpartition("/")
+        if folder_name == layout.TEMPORARY:
+            raise FileNotFoundError(errno.ENOENT, "unpublished files are invisible")
         folder = self._folder(folder_name)
         try:
             descriptor = os.open(base, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device without a driver
+                raise IntegrityError(
+                    f"{self._where(name)}: not a regular file", kind="not_a_file", where=name
+                ) from error
+            raise
         finally:
             os.close(folder)
         status = os.fstat(descriptor)
@@ -326,8 +359,11 @@ class LocalStore:
         return str(self._path / name) if name else str(self._path)
 
     @contextmanager
-    def _errors(self, name: str) -> Iterator[None]:
-        """Translate what the operating system says. FileExistsError passes: it is the caller's conflict."""
+    def _errors(self, name: str, *, writing: bool = False) -> Iterator[None]:
+        """Translate what the operating system says. FileExistsError passes: it is the caller's conflict.
+
+        With ``writing`` a missing folder or temporary file is the place's fault, and not a name that is not there.
+        """
         try:
             yield
         except FileExistsError as error:
@@ -335,6 +371,8 @@ class LocalStore:
                 raise self._store_error(name, errno.ENOTDIR, error) from error
             raise
         except FileNotFoundError as error:
+            if writing:
+                raise self._store_error(name, errno.ENOENT, error) from error
             raise NotFoundError(f"{self._where(name)}: no such file or folder", kind="no_file", where=name) from error
         except OSError as error:
             if error.errno == errno.ELOOP:
@@ -346,9 +384,7 @@ class LocalStore:
     def _store_error(self, name: str, number: int, error: OSError) -> StoreError:
         kind = errno.errorcode.get(number, "store").lower()
         advice = _ADVICE.get(number, "check the disk and the folder")
-        return StoreError(
-            f"{self._where(name)}: {os.strerror(number)} ({advice})", kind=kind, where=name
-        )
+        return StoreError(f"{self._where(name)}: {os.strerror(number)} ({advice})", kind=kind, where=name)
 
 
 class _LocalFile:
@@ -360,15 +396,18 @@ class _LocalFile:
         self._folder = folder
         self._temporary = temporary
         self._descriptor = descriptor
+        self._process = os.getpid()
         self._open = True
 
     def write(self, data: Buffer, /) -> None:
         with self._store._errors(self.name):
             view = memoryview(data).cast("B")
             while len(view):
-                view = view[os.write(self._descriptor, view) :]
+                view = view[os.write(self.fileno(), view) :]
 
     def fileno(self) -> int:
+        if not self._open:  # the number may already be another file's
+            raise InternalError(f"{self.name}: used after publish or discard", kind="not_open", where=self.name)
         return self._descriptor
 
     def move_to(self, folder: int, base: str, *, replace: bool) -> None:
@@ -382,18 +421,31 @@ class _LocalFile:
 
     def discard(self) -> None:
         if self._open:
-            with suppress(OSError):
-                os.unlink(self._temporary, dir_fd=self._folder)
+            if self._process == os.getpid():  # a forked copy must not take the file away from its owner
+                with suppress(OSError):
+                    os.unlink(self._temporary, dir_fd=self._folder)
             self._close()
 
     def _close(self) -> None:
         if self._open:
             self._open = False
-            os.close(self._descriptor)
-            os.close(self._folder)
+            for descriptor in (self._descriptor, self._folder):
+                with suppress(OSError):  # fsync has spoken: what close adds changes nothing
+                    os.close(descriptor)
 
     def __del__(self) -> None:
-        self.discard()
+        with suppress(Exception):
+            self.discard()
+
+
+def _open_folder(part: str, parent: int) -> int:
+    try:
+        return os.open(part, _FOLDER_FLAGS, dir_fd=parent)
+    except NotADirectoryError:
+        # Linux says ENOTDIR for a link here too; the two need different advice.
+        if stat.S_ISLNK(os.stat(part, dir_fd=parent, follow_symlinks=False).st_mode):
+            raise OSError(errno.ELOOP, "a symbolic link") from None
+        raise
 
 
 def _fsync_path(path: Path) -> None:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ciuic_async.errors import CommitConflictError, IntegrityError, NotFoundError
+from ciuic_async.errors import CommitConflictError, IntegrityError, InternalError, NotFoundError, StoreError
 from ciuic_async.format.digest import Buffer
-from ciuic_async.stores.base import Capabilities, Listed, Unpublished
+from ciuic_async.stores.base import Capabilities, Listed, Unpublished, check_name
 
 
 class MemoryStore:
@@ -38,16 +38,17 @@ class MemoryStore:
         return data
 
     def read_into(self, name: str, offset_bytes: int, buffer: memoryview) -> None:
-        piece = self._get(name)[offset_bytes : offset_bytes + len(buffer)]
-        if len(piece) < len(buffer):
+        view = buffer.cast("B")
+        content = self._get(name)
+        end = offset_bytes + len(view)
+        if len(view) and len(content) < end:
             raise IntegrityError(
-                f"{name}: ends at byte {offset_bytes + len(piece)}, expected at least {offset_bytes + len(buffer)}: truncated",
-                kind="truncated",
-                where=name,
+                f"{name}: ends at byte {len(content)}, expected at least {end}: truncated", kind="truncated", where=name
             )
-        buffer[:] = piece
+        view[:] = content[offset_bytes:end]
 
     def size(self, name: str) -> int | None:
+        check_name(name)
         with self._mutex:
             return len(self._files[name][0]) if name in self._files else None
 
@@ -59,24 +60,33 @@ class MemoryStore:
                 yield Listed(name, len(data), modified)
 
     def create(self, name: str, data: Buffer) -> None:
+        check_name(name)
         with self._mutex:
             if name in self._files:
                 raise CommitConflictError(f"{name}: exists already", where=name)
             self._files[name] = (bytes(data), time.time())
 
     def overwrite(self, name: str, data: Buffer) -> None:
+        check_name(name)
         with self._mutex:
             self._files[name] = (bytes(data), time.time())
 
     def begin(self, name: str) -> Unpublished:
-        return _MemoryFile(name)
+        return _MemoryFile(check_name(name))
 
     def publish(self, files: Sequence[Unpublished]) -> None:
-        for file in files:
-            assert isinstance(file, _MemoryFile)
-            self.create(file.name, file.content)
+        ours = [file for file in files if isinstance(file, _MemoryFile)]
+        if len(ours) != len(files) or any(file.closed for file in ours):
+            raise InternalError("publish was given a file that is not open in this store", kind="not_open")
+        try:
+            for file in ours:
+                self.create(file.name, file.content)
+        finally:
+            for file in ours:
+                file.discard()
 
     def delete(self, name: str) -> None:
+        check_name(name)
         with self._mutex:
             self._files.pop(name, None)
 
@@ -95,6 +105,7 @@ class MemoryStore:
         pass
 
     def _get(self, name: str) -> bytes:
+        check_name(name)
         with self._mutex:
             if name not in self._files:
                 raise NotFoundError(f"{name}: no such name", kind="no_file", where=name)
@@ -105,12 +116,16 @@ class _MemoryFile:
     def __init__(self, name: str) -> None:
         self.name = name
         self.content = bytearray()
+        self.closed = False
 
     def write(self, data: Buffer, /) -> None:
+        if self.closed:
+            raise InternalError(f"{self.name}: written to after publish or discard", kind="not_open", where=self.name)
         self.content += data
 
     def fileno(self) -> int:
-        raise NotImplementedError("a file in memory has no descriptor")
+        raise StoreError(f"{self.name}: a file in memory has no descriptor", kind="no_descriptor", where=self.name)
 
     def discard(self) -> None:
+        self.closed = True
         self.content = bytearray()

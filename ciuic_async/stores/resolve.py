@@ -28,8 +28,22 @@ def resolve(url: str | os.PathLike[str]) -> Store:
     if not match:
         return LocalStore(os.path.expanduser(text))
     if match[1].lower() == "file":
-        return LocalStore(unquote(urlsplit(text).path))
+        return LocalStore(_file_url_path(text))
     raise UsageError(
         f"{match[0]}... is not supported in this version: use a local path; object stores and HDFS are not built yet",
         kind="unknown_scheme",
     )
+
+
+def _file_url_path(url: str) -> str:
+    """The absolute path that a ``file://`` URL names; what it cannot mean is refused rather than guessed."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"{url!r} is no URL: {error}") from error
+    path = unquote(parts.path)
+    if parts.netloc not in ("", "localhost") or not path or "\0" in path:
+        raise UsageError(f"{url!r} is not a local place: expected file:///absolute/path")
+    if parts.query or parts.fragment:
+        raise UsageError(f"{url!r}: write '?' as %3F and '#' as %23 in a file URL, or use the plain path")
+    return path

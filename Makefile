@@ -1,0 +1,43 @@
+# Needs python3 (3.11 or newer, with venv) and nothing else; a C++ compiler makes it faster.
+#
+#   make         the virtual environment .venv, with this package and its native core
+#   make demo    train, crash, restore: the package at work
+#   make test    every check: style, types, layers, tests
+#   make lint    the checks without the tests
+#   make bench   the measurements, as JSON on stdout
+#   make clean   remove what was built
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+# The install is editable: only what decides the environment or the native core asks for a new one.
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
+
+.DEFAULT_GOAL := venv
+.PHONY: venv demo test lint bench clean
+
+venv: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: venv
+	$(BIN)/ciuic demo
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: venv
+	$(BIN)/ciuic bench --json
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,288 @@
+"""What a snapshot costs training, measured beside what people use today, in one run.
+
+Lost time per snapshot = (wall time of N steps with snapshots - wall time of as many steps without) / snapshots. The
+clock stops when every snapshot is on stable storage. It is not the return time of ``save()``, which flatters everyone.
+
+Every contender saves the same state: model, AdamW moments, schedule, loader. In each round all of them run one after
+the other, in rotating order, and are compared to the round's own run without snapshots, so that a machine that becomes
+slower halfway does not favour anyone. Each makes one snapshot before the clock starts. All of them fsync.
+
+Run as a program it writes one JSON object to standard output and its progress to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from ciuic_async import Checkpointer
+from ciuic_async.cli.demo_training import SIZES, Training
+
+
+class Contender(Protocol):
+    """One way to checkpoint, on a folder of its own that is empty at first and removed afterwards."""
+
+    def step(self) -> None:
+        """Called after every training step."""
+
+    def save(self) -> None:
+        """Take a snapshot now; may return before it is durable."""
+
+    def wait(self) -> None:
+        """Return when every snapshot is durable."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class NoSnapshots:
+    """Training alone: what the others are compared to."""
+
+    def __init__(self, folder: Path, training: Training) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+    def save(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Ciuic:
+    """This engine."""
+
+    def __init__(self, folder: Path, training: Training) -> None:
+        self._checkpointer = Checkpointer(str(folder), training.state())
+
+    def step(self) -> None:
+        self._checkpointer.step()
+
+    def save(self) -> None:
+        self._checkpointer.save()
+
+    def wait(self) -> None:
+        self._checkpointer.flush()
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+class TorchSave:
+    """``torch.save`` done right: a temporary file, fsync, rename, fsync of the folder."""
+
+    def __init__(self, folder: Path, training: Training) -> None:
+        self._folder = folder
+        self._training = training
+
+    def step(self) -> None:
+        pass
+
+    def save(self) -> None:
+        temporary = self._folder / "checkpoint.tmp"
+        with temporary.open("wb") as file:
+            torch.save(state_dicts(self._training), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self._folder / "checkpoint.pt")
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class DcpAsyncSave:
+    """``torch.distributed.checkpoint.async_save`` with its defaults, which fsync the files but not the folder.
+
+    It allows one save at a time, so each waits for the one before. Every save goes into a new folder.
+    """
+
+    def __init__(self, folder: Path, training: Training) -> None:
+        self._folder = folder
+        self._training = training
+        self._saving: Future[Any] | None = None
+        self._count = 0
+
+    def step(self) -> None:
+        pass
+
+    def save(self) -> None:
+        self.wait()
+        self._count += 1
+        state = state_dicts(self._training)
+        saving = async_save(state, checkpoint_id=self._folder / str(self._count), no_dist=True)
+        self._saving = cast("Future[Any]", saving)
+
+    def wait(self) -> None:
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
+
+    def close(self) -> None:
+        self.wait()
+
+
+CONTENDERS: dict[str, Callable[[Path, Training], Contender]] = {
+    "none": NoSnapshots,
+    "ciuic-async": Ciuic,
+    "torch.save + fsync": TorchSave,
+    "dcp.async_save": DcpAsyncSave,
+}
+
+
+def state_dicts(training: Training) -> dict[str, Any]:
+    return {name: part.state_dict() for name, part in training.state().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One timed run. Snapshots fall in the middle of each ``every_steps`` steps, so training goes on after the last."""
+
+    steps: int
+    every_steps: int
+
+    @property
+    def due(self) -> frozenset[int]:
+        """The steps, counted from 1, after which a snapshot is taken."""
+        return frozenset(range(max(1, self.every_steps // 2), self.steps + 1, self.every_steps))
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one contender showed: a wall time a round, a stall a snapshot, and the bytes of a first snapshot."""
+
+    wall_s: list[float] = field(default_factory=list)
+    stall_s: list[float] = field(default_factory=list)
+    stored_bytes: int = 0
+
+
+def run_once(name: str, training: Training, folder: Path, schedule: Schedule, measured: Measured) -> None:
+    """One contender's turn in one round; adds to ``measured``. ``folder`` is gone afterwards."""
+    folder.mkdir()
+    contender = CONTENDERS[name](folder, training)
+    try:
+        contender.save()
+        contender.wait()
+        measured.stored_bytes = folder_bytes(folder)
+        gc.collect()
+        begin_s = time.perf_counter()
+        for step in range(1, schedule.steps + 1):
+            training.update()
+            called_s = time.perf_counter()
+            contender.step()
+            if step in schedule.due:
+                contender.save()
+                measured.stall_s.append(time.perf_counter() - called_s)
+        contender.wait()
+        measured.wall_s.append(time.perf_counter() - begin_s)
+    finally:
+        contender.close()
+        shutil.rmtree(folder)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def measure(
+    names: Sequence[str], size_name: str, schedule: Schedule, rounds: int, limit_s: float, folder: Path
+) -> dict[str, Any]:
+    """All contenders in ``rounds`` rounds, or fewer (at least two) once ``limit_s`` is over."""
+    measured = {name: Measured() for name in names}
+    training = Training(SIZES[size_name], steps=100_000)
+    for _ in range(3):  # the first steps allocate
+        training.update()
+    begin_s = time.perf_counter()
+    done = 0
+    while done < rounds and (done < 2 or time.perf_counter() - begin_s < limit_s):
+        turn = done % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            run_once(name, training, folder / f"{done}-{names.index(name)}", schedule, measured[name])
+        done += 1
+        print(f"  round {done} of {rounds}", file=sys.stderr, flush=True)
+    return summarize(measured, schedule, tensor_bytes(training))
+
+
+def tensor_bytes(training: Training) -> int:
+    """Raw size of model and optimizer state."""
+    moments = [value for state in training.optimizer.state.values() for value in state.values()]
+    return sum(tensor.nbytes for tensor in [*training.model.parameters(), *moments])
+
+
+def summarize(measured: dict[str, Measured], schedule: Schedule, state_bytes: int) -> dict[str, Any]:
+    """Medians and extremes; ``lost_s`` compares each round with the same round of "none"."""
+    base_s = measured["none"].wall_s
+    contenders = {}
+    for name, one in measured.items():
+        if name == "none":
+            continue
+        rounds = zip(one.wall_s, base_s, strict=True)
+        lost_s = [(with_s - without_s) / len(schedule.due) for with_s, without_s in rounds]
+        contenders[name] = {
+            "stall_s": statistics.median(one.stall_s),
+            "lost_s_per_snapshot": statistics.median(lost_s),
+            "lost_s_min": min(lost_s),
+            "lost_s_max": max(lost_s),
+            "stored_bytes": one.stored_bytes,
+        }
+    return {
+        "state_bytes": state_bytes,
+        "step_s": statistics.median(base_s) / schedule.steps,
+        "steps": schedule.steps,
+        "every_steps": schedule.every_steps,
+        "rounds": len(base_s),
+        "contenders": contenders,
+    }
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ciuic_async.cli.demo_table", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="an existing folder for what the contenders write")
+    parser.add_argument("--size", choices=sorted(SIZES), default="large")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--every", type=int, default=4, metavar="STEPS")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=70.0, metavar="SECONDS", help="start no round after this time")
+    parser.add_argument("--alone", action="store_true", help="this engine only, without opponents")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
+    # Opponents warn about their own deprecations and about running without a process group.
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    names = ["none", "ciuic-async"] if options.alone else list(CONTENDERS)
+    schedule = Schedule(options.steps, options.every)
+    result = measure(names, options.size, schedule, options.rounds, options.limit, options.folder)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Slots: memory mappings that hold one staged snapshot (or one window of it).
+
+A slot is a memfd, so that its bytes can outlive this process in another one that holds the descriptor. Layout: a header
+page (state, sequence, where the table is), the table of regions, then the payload, page-aligned. Mappings are not
+inherited by fork: a data loader worker must not double the memory, nor ever see a half-copied state.
+
+Who may touch the payload: the training thread from ``acquire`` until it hands the slot on, then the writer until it
+calls ``release``. ``SlotPool`` is thread-safe.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+import torch
+
+from ciuic_async import native
+from ciuic_async.errors import StoreError
+from ciuic_async.format.segment import align_up
+from ciuic_async.handoffs import Region
+from ciuic_async.staging.budget import SlotPlan
+from ciuic_async.staging.device import Device
+
+PAGE_BYTES = 4096
+HEADER = struct.Struct("<8sIIQqQQQQ20s")  # magic, version, state, sequence, step, table at/size, payload at/size, id
+_MAGIC = b"CIUICSLT"
+_REGION = struct.Struct("<QQI4x")  # address, size, item size
+
+FREE, FILLING, STAGED = 0, 1, 2
+
+
+class Slot:
+    """One mapping. ``memory`` is the payload; ``payload`` the same as a uint8 tensor."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = 0
+        self.sequence = 0
+        self._fd = os.memfd_create("ciuic-slot", os.MFD_CLOEXEC)
+        self._map: mmap.mmap | None = None
+        self._payload_at = 0
+        self._table_capacity = 0
+        self._pinned: Device | None = None
+        self.touched = False
+        try:
+            self.resize(size_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def resize(self, size_bytes: int, table_bytes: int = PAGE_BYTES) -> None:
+        """Grow the payload to ``size_bytes``. Its content is lost, as are views of it. Never shrinks."""
+        if size_bytes <= self.size_bytes and table_bytes <= self._table_capacity:
+            return
+        self._unmap()
+        self._table_capacity = align_up(max(table_bytes, self._table_capacity), PAGE_BYTES)
+        self.size_bytes = max(self.size_bytes, align_up(size_bytes, PAGE_BYTES))
+        self._payload_at = PAGE_BYTES + self._table_capacity
+        total = self._payload_at + self.size_bytes
+        try:
+            os.ftruncate(self._fd, 0)  # give the old pages back before asking for new ones
+            os.ftruncate(self._fd, total)
+            self._map = mmap.mmap(self._fd, total, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError) as error:
+            self.size_bytes = 0
+            raise StoreError(
+                f"cannot map {total} bytes of host memory for staging: {error}; lower host_memory_bytes",
+                kind="out_of_memory",
+            ) from error
+        with suppress(OSError):
+            self._map.madvise(mmap.MADV_DONTFORK)
+        self.touched = False
+
+    @property
+    def address(self) -> int:
+        """Where the payload starts in this process."""
+        assert self._map is not None
+        return int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data) + self._payload_at
+
+    @property
+    def memory(self) -> memoryview:
+        """The payload, read-only."""
+        assert self._map is not None
+        return memoryview(self._map)[self._payload_at :].toreadonly()
+
+    def payload(self) -> torch.Tensor:
+        """The payload as a writable 1-D uint8 tensor."""
+        assert self._map is not None
+        return torch.frombuffer(self._map, dtype=torch.uint8, offset=self._payload_at, count=self.size_bytes)
+
+    def touch(self, device: Device) -> None:
+        """Fault every page in and pin the memory: once, so that no snapshot pays for it. Keeps the content."""
+        if self.touched:
+            return
+        if native.core is not None:
+            native.core.touch(self.address, self.size_bytes)
+        else:
+            pages = np.frombuffer(self._map, dtype=np.uint8)[self._payload_at :: PAGE_BYTES]  # type: ignore[arg-type]
+            pages |= 0
+        device.pin(self.payload())
+        self._pinned = device
+        self.touched = True
+
+    def mark(self, state: int, *, step: int | None = None, snapshot: str = "", regions: Sequence[Region] = ()) -> None:
+        """Write header and table, for whoever finds the memory after this process died. State comes last."""
+        assert self._map is not None
+        table = b"".join(_REGION.pack(region.address, region.size_bytes, region.item_size_bytes) for region in regions)
+        fits = len(table) <= self._table_capacity
+        if fits:
+            self._map[PAGE_BYTES : PAGE_BYTES + len(table)] = table
+        head = (-1 if step is None else step, PAGE_BYTES, len(table) if fits else 0, self._payload_at, self.size_bytes)
+        self._map[: HEADER.size] = HEADER.pack(
+            _MAGIC, 1, FILLING, self.sequence, *head, snapshot.encode("ascii").ljust(20, b"\0")
+        )
+        struct.pack_into("<I", self._map, 12, state)
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent; views of the payload must be gone."""
+        self._unmap()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _unmap(self) -> None:
+        if self._map is None:
+            return
+        if self._pinned is not None:
+            self._pinned.unpin(self.payload())
+            self._pinned = None
+        mapping, self._map = self._map, None
+        with suppress(BufferError):  # a view still lives; the mapping goes with it
+            mapping.close()
+
+
+class SlotPool:
+    """The slots of one checkpointer."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._slots: list[Slot] = []
+        self._free: list[Slot] = []
+        self._sequence = 0
+        self._closed = False
+        self._preparing: threading.Thread | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Payload bytes of all slots."""
+        with self._condition:
+            return sum(slot.size_bytes for slot in self._slots)
+
+    def prepare(self, plan: SlotPlan, table_bytes: int, device: Device) -> None:
+        """Make, fault in and pin the slots on a background thread. Errors show when a slot is acquired."""
+
+        def work() -> None:
+            with suppress(StoreError, MemoryError, OSError):
+                slots = []
+                for _ in range(plan.count):
+                    slot = self._take(plan, table_bytes, timeout_s=0.0)
+                    if slot is None:
+                        break
+                    slots.append(slot)
+                try:
+                    for slot in slots:
+                        if self._closed:
+                            break
+                        slot.touch(device)
+                finally:
+                    for slot in slots:
+                        self.release(slot)
+
+        with self._condition:
+            if self._closed or self._preparing is not None:
+                return
+            self._preparing = threading.Thread(target=work, name="ciuic-touch", daemon=True)
+            self._preparing.start()
+
+    def wait_prepared(self) -> None:
+        """Wait for ``prepare``, which may hold all slots for a moment."""
+        thread = self._preparing
+        if thread is not None:
+            thread.join()
+            self._preparing = None
+
+    def acquire(self, plan: SlotPlan, table_bytes: int, timeout_s: float | None) -> Slot | None:
+        """A free slot of at least the plan's size, or None after ``timeout_s`` (None waits for ever).
+
+        Raises:
+            StoreError: no memory.
+        """
+        self.wait_prepared()
+        slot = self._take(plan, table_bytes, timeout_s)
+        if slot is not None:
+            with self._condition:
+                self._sequence += 1
+                slot.sequence = self._sequence
+        return slot
+
+    def _take(self, plan: SlotPlan, table_bytes: int, timeout_s: float | None) -> Slot | None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._condition:
+            while True:
+                if self._closed:
+                    return None
+                if self._free:
+                    slot = max(self._free, key=lambda free: free.size_bytes)
+                    self._free.remove(slot)
+                    break
+                if len(self._slots) < plan.count:
+                    slot = Slot(plan.size_bytes)
+                    self._slots.append(slot)
+                    break
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return None
+                self._condition.wait(left)
+        try:
+            slot.resize(plan.size_bytes, table_bytes)
+        except BaseException:
+            self._drop(slot)
+            raise
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Hand a slot back. Views of it must be dropped before it is acquired again."""
+        with self._condition:
+            if self._closed:
+                slot.close()
+                return
+            slot.mark(FREE)
+            self._free.append(slot)
+            self._condition.notify_all()
+
+    def trim(self, plan: SlotPlan) -> None:
+        """Give back free slots beyond the plan's number: the state grew, and memory has a bound."""
+        with self._condition:
+            while len(self._slots) > plan.count and self._free:
+                slot = self._free.pop()
+                self._slots.remove(slot)
+                slot.close()
+
+    def close(self) -> None:
+        """Give all memory back; slots still in use follow when they are released."""
+        self.wait_prepared()
+        with self._condition:
+            self._closed = True
+            for slot in self._free:
+                slot.close()
+            self._free.clear()
+            self._slots.clear()
+            self._condition.notify_all()
+
+    def _drop(self, slot: Slot) -> None:
+        with self._condition:
+            if slot in self._slots:
+                self._slots.remove(slot)
+            slot.close()
+            self._condition.notify_all()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

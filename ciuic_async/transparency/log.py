@@ -1,0 +1,564 @@
+"""The log of a chain: who writes the next entry, and what the entries are.
+
+A *slot* decides who writes next; it is signed and created once. Tiles, bundles and the log head follow from the slots:
+any writer makes again what is missing, behind or damaged, and a reader that finds them damaged replays the slots.
+
+    append   refresh -> build -> sign the proposal -> claim the slot -> tiles and bundles -> log head
+
+Reading is lazy: opening takes the head, the right edge of the tree (at most one partial tile a level) and the bundle
+that announces the head's signer; an entry takes its bundle, checked against tiles that are checked up to the root.
+Slots past the head are looked for by name, never by listing.
+
+What this module does not know: whether the signer is one that the *caller* trusts. Any key may announce itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from ciuic_async.errors import (
+    CiuicError,
+    CiuicWarning,
+    CommitConflictError,
+    IntegrityError,
+    NotFoundError,
+    StoreError,
+    UsageError,
+)
+from ciuic_async.format import entry as entries_format
+from ciuic_async.format import layout
+from ciuic_async.format.entry import Entry
+from ciuic_async.stores.base import Store, Unpublished
+from ciuic_async.transparency import note, proof, slots, tiles
+from ciuic_async.transparency.keys import SigningKey
+from ciuic_async.transparency.note import Vkey
+from ciuic_async.transparency.slots import LogHead
+from ciuic_async.transparency.tiles import WIDTH, Tile
+from ciuic_async.transparency.view import View
+
+__all__ = ["ATTEMPTS", "Log", "LogHead"]
+
+ATTEMPTS = 100
+"""Lost races before ``append`` gives up. Each one means that another writer got through."""
+
+_WAIT_S = 0.002
+_MAX_WAIT_S = 0.05
+
+_logger = logging.getLogger("ciuic_async")
+# Not the module's own generator: its state belongs to training.
+_random = random.SystemRandom()
+T = TypeVar("T")
+
+
+class Log:
+    """The log of one chain in a store. Any thread may call; calls wait for each other.
+
+    Args:
+        store: where the chain lives.
+        origin: the chain's name (``ciuic.json``), which is the name of its keys.
+    """
+
+    def __init__(self, store: Store, origin: str) -> None:
+        self._store = store
+        self.origin = origin
+        self._lock = threading.RLock()
+        self._view = View.empty(store, origin)
+        self._published = 0
+        """Tiles and bundles up to this size are published: that of the last log head that was verified."""
+        self._damaged = False
+        """A derived file was found damaged or missing: the next writer checks them all."""
+        self._head_file: bytes | None = None
+        """The log head's file when it was last found good."""
+        self._bad_head_file: bytes | None = None
+        self._head_signers: tuple[Vkey, ...] = ()
+        self._warned: set[str] = set()
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> LogHead:
+        """Read what is new; the view never gets shorter.
+
+        A damaged or missing log head, tile or bundle is passed over by replaying the slots, with one CiuicWarning.
+
+        Raises:
+            IntegrityError: a slot is damaged or forged, slots are missing that a signed head covers, or the history is
+                not the one seen before (kind ``fork``). The view stays as far as it was verified.
+            StoreError: the place failed.
+        """
+        with self._lock:
+            data, head = self._read_head()
+            if data is not None and head is not None and head.size > self._view.head.size:
+                self._adopt(head, data)
+            self._replay()
+            self._compare(data, head)
+            return self._view.head
+
+    @property
+    def head(self) -> LogHead:
+        """Size and root as of the last ``refresh`` or ``append``."""
+        with self._lock:
+            return self._view.head
+
+    def __len__(self) -> int:
+        return self.head.size
+
+    def entry_bytes(self, index: int) -> bytes:
+        """The bytes of one entry, verified against the root.
+
+        Raises:
+            NotFoundError: kind ``no_entry``.
+            IntegrityError: it is damaged, and its slot too.
+        """
+        return self._read(lambda view: view.entry(self._check_index(index)))
+
+    def entry(self, index: int) -> Entry:
+        """One entry, verified and parsed. Errors as ``entry_bytes``, and FormatVersionError for a later version's."""
+        return entries_format.decode(self.entry_bytes(index), index)
+
+    def leaf_hash(self, index: int) -> bytes:
+        """The leaf hash of one entry, verified."""
+        return self._read(lambda view: view.tile(0, self._check_index(index) // WIDTH)[index % WIDTH])
+
+    def entries(self, start: int = 0) -> Iterator[tuple[int, Entry]]:
+        """(index, entry) from ``start`` to where the log ends when the iteration begins."""
+        for index in range(start, len(self)):
+            yield index, self.entry(index)
+
+    def reversed_entries(self) -> Iterator[tuple[int, Entry]]:
+        """(index, entry) from the newest to the first; reads one bundle at a time."""
+        for index in reversed(range(len(self))):
+            yield index, self.entry(index)
+
+    def known_keys(self) -> dict[bytes, str]:
+        """Every key that the log announces: key ID to verifier key. Reads the whole log once."""
+
+        def collect(view: View) -> dict[bytes, str]:
+            view.find_key(b"")  # no key has this ID: all bundles are looked at
+            return {key_id: str(vkey) for key_id, vkey in view.keys.items()}
+
+        return self._read(collect)
+
+    @property
+    def head_signers(self) -> tuple[str, ...]:
+        """The verifier keys whose signatures under the log head hold; empty when there is no good head."""
+        with self._lock:
+            return tuple(str(vkey) for vkey in self._head_signers)
+
+    def inclusion(self, index: int, size: int | None = None) -> list[bytes]:
+        """The proof that entry ``index`` is in the tree of the first ``size`` entries (None: of all)."""
+        size = len(self) if size is None else size
+        return self._read(lambda view: proof.make_inclusion(index, size, view.subtree))
+
+    def consistency(self, old_size: int) -> list[bytes]:
+        """The proof that this log extends the one of the first ``old_size`` entries."""
+        return self._read(lambda view: proof.make_consistency(old_size, view.head.size, view.subtree))
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        build: Callable[[Log], Sequence[bytes]],
+        key: SigningKey,
+        *,
+        announce: Callable[[], bytes],
+        attempts: int = ATTEMPTS,
+    ) -> int:
+        """Append entries as the next piece of history; durable on return.
+
+        Args:
+            build: gives the entries' bytes for the log as it is now; called again after each lost race. What it raises
+                passes through; when it gives none, nothing is written. Entries must be the caller's own (run and time):
+                a slot that holds exactly the same bytes counts as won.
+            key: signs.
+            announce: gives the ``key`` entry for ``key``; called when the log does not know it, put before the others.
+            attempts: races that may be lost.
+
+        Returns:
+            The index of the first entry that ``build`` gave; the log's size when it gave none.
+
+        Raises:
+            CommitConflictError: all races were lost; nothing was written.
+            StoreError: the claim failed; nothing was written unless the store went away just then. Failures after the
+                claim are no error: they are logged, and the next ``append`` makes up for them.
+            IntegrityError: as ``refresh``.
+            UsageError: an entry is none, or too much was given at once.
+        """
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(_random.uniform(0, min(_MAX_WAIT_S, _WAIT_S * 2**attempt)))
+            with self._lock:
+                old = self.refresh()
+                given = list(build(self))
+                if not given:
+                    return old.size
+                prefix = [] if self._knows(key) else [self._announcement(key, announce())]
+                for data in given:
+                    _check_entry(data)
+                content = slots.encode_slot(old, [*prefix, *given], key, self.origin)
+                slot = slots.check_slot(content, old, self.origin, self._view.keys.get)  # what is written can be read
+                if not self._claim(layout.slot(old.size), content):
+                    continue
+                self._view.extend(slot)
+                self._try_publish(key)
+                return old.size + len(prefix)
+        raise CommitConflictError(
+            f"{self._store.url}: {attempts} other writers were first; try again when fewer write", where=layout.SLOTS
+        )
+
+    def repair(self, key: SigningKey) -> None:
+        """Replay all slots, and make every derived file again that is missing, behind or damaged.
+
+        Needs a key that the log knows. Errors as ``refresh`` and ``publish_derived``.
+        """
+        with self._lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", CiuicWarning)  # of damage that is repaired in a moment
+            self.refresh()
+            if not self._view.in_memory:
+                self._rebuild("a repair was asked for")
+            self._damaged = True
+            self.publish_derived(key)
+
+    def publish_derived(self, key: SigningKey) -> None:
+        """Make tiles, bundles and the log head what the slots imply; idempotent.
+
+        Needs a key that the log knows. Any writer may be at it at the same time: all write the same bytes.
+
+        Raises:
+            StoreError: the place failed; some files may be there, the log head is the last.
+        """
+        with self._lock, self._store.lock():
+            if self._view.head.size == 0 or (self._covered() and not self._damaged):
+                return
+            while True:
+                whole = self._damaged
+                self._publish_tiles(whole)
+                if whole == self._damaged:  # else a file was found damaged on the way
+                    break
+            self._publish_head(key)
+            self._damaged = False
+            self._bad_head_file = None
+            self._warned.clear()
+            self._published = self._view.head.size
+            self._view.forget_published()
+
+    # --- inside: reading ----------------------------------------------------------------------------------------------
+
+    def _read_head(self) -> tuple[bytes | None, LogHead | None]:
+        """The log head's file, and what it says, of which nothing is verified. A damaged one is no head."""
+        data = b""
+        try:
+            data = self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES)
+            return data, None if data == self._bad_head_file else self._parse_head(data)
+        except NotFoundError:
+            return None, None
+        except IntegrityError as error:
+            self._found_damage(str(error), data)
+            return data, None
+
+    def _parse_head(self, data: bytes) -> LogHead:
+        text = note.parse(data, layout.LOG_HEAD).text
+        return LogHead(*note.parse_head(text, self.origin, layout.LOG_HEAD))
+
+    def _head_keys(self, view: View, data: bytes) -> dict[note.KeyName, Vkey]:
+        """Of the keys that the log head names, those that ``view`` knows."""
+        found = {}
+        for item in note.parse(data, layout.LOG_HEAD).signatures:
+            if item.name == self.origin and (vkey := view.find_key(item.key_id)) is not None:
+                found[item.name, item.key_id] = vkey
+        return found
+
+    def _adopt(self, head: LogHead, data: bytes) -> None:
+        """Go on to the tree of a head that is ahead of the view, by its tiles.
+
+        Where they are damaged the view stays, and its slots follow.
+        """
+        old = self._view
+        try:
+            view = View.load(self._store, self.origin, head)
+            same = view.root_at(old.head.size) == old.head.root
+            if same:
+                view.inherit(old)
+            signers = note.verify(data, self._head_keys(view, data), layout.LOG_HEAD).signers
+        except (IntegrityError, NotFoundError) as error:
+            self._found_damage(str(error), data if error.where == layout.LOG_HEAD else None)
+            return
+        if not same:
+            raise self._fork(head.size, old.head.size)
+        self._view = view
+        self._accept_head(data, head, signers)
+
+    def _compare(self, data: bytes | None, head: LogHead | None) -> None:
+        """Judge the log head against the view, which holds all slots by now."""
+        if data == self._head_file and head is not None:
+            self._published = head.size
+            return
+        self._published, self._head_file, self._head_signers = 0, None, ()
+        if data is None:
+            # A first writer that dies before its log head leaves none. Later ones write it first of all.
+            if self._view.head.size and not (self._view.in_memory and self._view.slots == 1):
+                self._found_damage(f"{layout.LOG_HEAD}: the log head is missing", None)
+            return
+        if head is None:
+            return
+        keys = self._read(lambda view: self._head_keys(view, data))
+        try:
+            signers = note.verify(data, keys, layout.LOG_HEAD).signers
+        except IntegrityError as error:
+            self._found_damage(str(error), data)
+            return
+        if head.size > self._view.head.size:
+            raise IntegrityError(
+                f"{layout.LOG_HEAD}: signed for {head.size} entries, but slots or tiles are damaged and give only "
+                f"{self._view.head.size}; restore {layout.slot(self._view.head.size)} from a copy",
+                kind="slots_missing",
+                where=layout.slot(self._view.head.size),
+            )
+        if self._read(lambda view: view.root_at(head.size)) != head.root:
+            raise self._fork(head.size, self._view.head.size)
+        self._accept_head(data, head, signers)
+
+    def _accept_head(self, data: bytes, head: LogHead, signers: tuple[Vkey, ...]) -> None:
+        self._head_file, self._head_signers, self._published = data, signers, head.size
+
+    def _read_slot(self, size: int) -> bytes | None:
+        try:
+            return self._store.read(layout.slot(size), slots.LIMIT_BYTES)
+        except NotFoundError:
+            return None
+
+    def _replay(self) -> None:
+        """Extend the view by the slots after it, as far as there are any."""
+        while (data := self._read_slot(self._view.head.size)) is not None:
+            view = self._view
+            slot = slots.check_slot(data, view.head, self.origin, self._find_key)
+            if self._view is view:  # else a bundle was damaged, and the view that was made from slots has this one
+                view.extend(slot)
+
+    def _find_key(self, key_id: bytes) -> Vkey | None:
+        return self._read(lambda view: view.find_key(key_id))
+
+    def _rebuild(self, reason: str) -> None:
+        """Replace the view by one made of slots alone: a derived file is damaged."""
+        old = self._view.head
+        fresh = View.empty(self._store, self.origin)
+        try:
+            while (data := self._read_slot(fresh.head.size)) is not None:
+                fresh.extend(slots.check_slot(data, fresh.head, self.origin, fresh.find_key))
+            if fresh.head.size < old.size:
+                raise IntegrityError(
+                    f"the slots hold {fresh.head.size} entries, expected at least {old.size}",
+                    kind="slots_missing",
+                    where=layout.slot(fresh.head.size),
+                )
+            if fresh.root_at(old.size) != old.root:
+                raise self._fork(fresh.head.size, old.size)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{reason}; and it cannot be made again: {error}", kind=error.kind, where=error.where
+            ) from error
+        self._view = fresh
+        self._found_damage(reason, None)
+
+    def _read(self, ask: Callable[[View], T]) -> T:
+        """Ask the view; when a derived file turns out to be damaged, ask one made of slots."""
+        with self._lock:
+            try:
+                return ask(self._view)
+            except (IntegrityError, NotFoundError) as error:
+                if self._view.in_memory or error.kind == "no_entry":
+                    raise
+                self._rebuild(str(error))
+                return ask(self._view)
+
+    def _check_index(self, index: int) -> int:
+        if not 0 <= index < self._view.head.size:
+            raise NotFoundError(
+                f"{self._store.url}: no entry {index}, the log has {self._view.head.size}", kind="no_entry"
+            )
+        return index
+
+    def _found_damage(self, reason: str, bad_head: bytes | None) -> None:
+        """Remember that derived files need repair; say so once for each reason."""
+        self._damaged = True
+        if bad_head is not None:
+            self._bad_head_file, self._head_file, self._head_signers = bad_head, None, ()
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"{self._store.url}: {reason}. The signed slots are used instead; the next writer repairs it",
+                CiuicWarning,
+                stacklevel=4,
+            )
+
+    def _fork(self, size: int, other_size: int) -> IntegrityError:
+        return IntegrityError(
+            f"{self._store.url}: two signed histories: {size} entries do not agree with {other_size} seen before; "
+            "somebody replaced the log, or two copies of it were both written to",
+            kind="fork",
+            where=layout.LOG_HEAD,
+        )
+
+    # --- inside: writing ----------------------------------------------------------------------------------------------
+
+    def _knows(self, key: SigningKey) -> bool:
+        vkey = self._find_key(key.key_id(self.origin))
+        if vkey is not None and str(vkey) != key.vkey(self.origin):
+            raise UsageError(
+                f"{self._store.url}: another key of this log has the same key ID; make a new key", kind="key_id_taken"
+            )
+        return vkey is not None
+
+    def _announcement(self, key: SigningKey, data: bytes) -> bytes:
+        if key.key_id(self.origin) not in slots.announced_keys(self.origin, [data]):
+            raise UsageError("the entry that announces the signing key does not hold its vkey", kind="bad_entry")
+        return data
+
+    def _claim(self, name: str, content: bytes) -> bool:
+        """Whether the slot is ours. A create whose answer was lost is judged by what the slot holds."""
+        failure: StoreError | None = None
+        try:
+            self._store.create(name, content)
+            return True
+        except CommitConflictError:
+            pass
+        except StoreError as error:
+            failure = error
+        try:
+            return self._store.read(name, slots.LIMIT_BYTES) == content
+        except (NotFoundError, StoreError):
+            if failure is not None:
+                raise failure from None
+            return False  # taken, yet not there: another writer's create is under way
+        except IntegrityError:
+            return False  # not ours; refresh will say what it is
+
+    def _try_publish(self, key: SigningKey) -> None:
+        """Publish derived files of a slot that is won: from here on nothing may look like a failure."""
+        try:
+            self.publish_derived(key)
+        except (CiuicError, OSError) as error:
+            _logger.warning(
+                "%s: entries are durable in their slot, but tiles or log head are not written yet "
+                "(the next append does it): %s",
+                self._store.url,
+                error,
+            )
+
+    def _covered(self) -> bool:
+        """Whether the log head is at or ahead of the view: another writer published for us."""
+        try:
+            data = self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES)
+            head = self._parse_head(data)
+            if data == self._bad_head_file or head.size < self._view.head.size:
+                return False
+            if head.size > self._view.head.size:
+                return True  # signed perhaps by a key announced after our view: the next refresh judges it
+            note.verify(data, self._read(lambda view: self._head_keys(view, data)), layout.LOG_HEAD)
+            return head == self._view.head
+        except (NotFoundError, IntegrityError):
+            return False
+
+    def _publish_tiles(self, whole: bool) -> None:
+        """Tiles and bundles since the last good head, or all of them (``whole``)."""
+        size = self._view.head.size
+        new: list[tuple[str, bytes]] = []
+        superseded: list[Tile] = []
+        for tile in tiles.grown(0 if whole else self._published, size):
+            files = list(self._files_of(tile))
+            if whole:
+                for name, data in files:
+                    self._put(name, data)
+            else:
+                new.extend(files)
+            if tile.width == WIDTH:
+                superseded.append(tile)
+        if new:
+            self._put_new(new)
+        for tile in superseded:
+            self._delete_partials(tile)
+        if whole:
+            self._check_partials(size)
+
+    def _files_of(self, tile: Tile) -> Iterator[tuple[str, bytes]]:
+        """Name and bytes of a tile and, at level 0, of its bundle."""
+        if tile.level == 0:
+            first = tile.index * WIDTH
+            entries = [self.entry_bytes(index) for index in range(first, first + tile.width)]
+            yield layout.entry_bundle(tile.index, tile.width), tiles.encode_bundle(entries)
+        hashes = self._read(lambda view: view.tile(tile.level, tile.index))
+        yield tile.name, tiles.encode_tile(hashes[: tile.width])
+
+    def _put_new(self, files: list[tuple[str, bytes]]) -> None:
+        """Publish several files at the cost of one; when a name is taken, one by one."""
+        unpublished: list[Unpublished] = []
+        try:
+            for name, data in files:
+                unpublished.append(self._store.begin(name))
+                unpublished[-1].write(data)
+            self._store.publish(unpublished)
+        except CommitConflictError:
+            for name, data in files:
+                self._put(name, data)
+        finally:
+            for file in unpublished:
+                file.discard()
+
+    def _put(self, name: str, data: bytes) -> None:
+        """Make a derived file hold ``data``. One that holds something else is damaged, and replaced."""
+        try:
+            if self._store.read(name, len(data)) == data:
+                return
+        except NotFoundError:
+            with suppress(CommitConflictError):  # another writer was first, with the same bytes
+                self._store.create(name, data)
+            return
+        except IntegrityError:
+            pass  # longer than it should be, or not a file
+        self._store.overwrite(name, data)
+
+    def _delete_partials(self, tile: Tile) -> None:
+        """Drop the partial files that a full tile supersedes. One that a listing misses does no harm."""
+        for folder in self._partial_folders(tile):
+            for listed in self._store.list(folder):
+                if layout.is_known(listed.name):
+                    self._store.delete(listed.name)
+
+    def _check_partials(self, size: int) -> None:
+        """Replace damaged partial files of earlier sizes, which readers with an old head still look for."""
+        for tile in tiles.edge_tiles(size):
+            if tile is None:
+                continue
+            listed = {item.name for folder in self._partial_folders(tile) for item in self._store.list(folder)}
+            for width in range(1, tile.width):
+                for name, data in self._files_of(Tile(tile.level, tile.index, width)):
+                    if name in listed:
+                        self._put(name, data)
+
+    @staticmethod
+    def _partial_folders(tile: Tile) -> list[str]:
+        folders = [f"{tile.full_name}.p"]
+        return [*folders, f"{layout.entry_bundle(tile.index)}.p"] if tile.level == 0 else folders
+
+    def _publish_head(self, key: SigningKey) -> None:
+        """Sign and write the log head, unless another writer wrote one that is as good or ahead."""
+        if self._covered():
+            return
+        head = self._view.head
+        data = key.sign(self.origin, note.head_text(self.origin, head.size, head.root)).encode()
+        self._store.overwrite(layout.LOG_HEAD, data)
+        self._accept_head(data, head, (note.parse_vkey(key.vkey(self.origin)),))
+
+
+def _check_entry(data: bytes) -> None:
+    """Refuse to write what no reader would accept."""
+    try:
+        entries_format.decode(data, 0)
+    except IntegrityError as error:
+        raise UsageError(f"not an entry of a log: {error}", kind="bad_entry") from error

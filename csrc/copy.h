@@ -1,0 +1,29 @@
+// Copying between memory that somebody else owns. Nothing here allocates or keeps the bytes it is shown.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+namespace ciuic {
+
+// One copy. Source and destination do not overlap, and both stay valid and unmoved until the call returns.
+struct CopyRange {
+  char* destination;
+  const char* source;
+  std::size_t size_bytes;
+};
+
+// Copies one range on the calling thread. Big ranges bypass the caches (non-temporal stores), because nobody reads a
+// staged copy soon and training wants its caches. Stores are fenced: another thread may read when it returns.
+void copy_stream(char* destination, const char* source, std::size_t size_bytes) noexcept;
+
+// Copies all ranges on up to `threads` threads, the caller among them; all are joined before it returns. Work is
+// split evenly by bytes, at cache lines of the destination. Where a thread cannot be started, the caller copies its
+// share. Destinations must not overlap each other. Throws std::bad_alloc before the first byte, or nothing.
+void copy_many(const std::vector<CopyRange>& ranges, unsigned threads);
+
+// Makes every page of the range present and writable, without changing a byte even while others write to it. First
+// touch costs more than copying: do it once, ahead of time.
+void touch(char* address, std::size_t size_bytes) noexcept;
+
+}  // namespace ciuic

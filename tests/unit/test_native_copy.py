@@ -1,0 +1,151 @@
+"""copy_many and touch."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ciuic_async import native
+
+core = native.core
+pytestmark = pytest.mark.skipif(core is None, reason="the native core is not in use")
+
+BIG = 96 << 20
+
+
+def _noise(size: int) -> np.ndarray:
+    return np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+
+
+@given(
+    sizes=st.lists(st.one_of(st.integers(0, 200), st.integers(250_000, 1_300_000)), max_size=6),
+    skew=st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    threads=st.integers(1, 5),
+)
+def test_copies_exactly_the_ranges(sizes: list[int], skew: tuple[int, int], threads: int) -> None:
+    """Whatever sizes, alignment and threads: ranges arrive, and no byte beside them changes."""
+    source = _noise(sum(sizes) + skew[0])
+    gap = 3
+    target = np.full(sum(sizes) + gap * (len(sizes) + 1) + skew[1], 0xA5, dtype=np.uint8)
+    expected = target.copy()
+    pairs = []
+    read, write = skew[0], skew[1] + gap
+    for size in sizes:
+        pairs.append((target.ctypes.data + write, source.ctypes.data + read, size))
+        expected[write : write + size] = source[read : read + size]
+        read, write = read + size, write + size + gap
+    core.copy_many(pairs, threads)
+    assert np.array_equal(target, expected)
+
+
+def test_many_threads_for_one_range() -> None:
+    """One big odd range, cut for more threads than there are cores, arrives whole."""
+    source = _noise((17 << 20) + 13)
+    target = np.zeros_like(source)
+    core.copy_many([(target.ctypes.data, source.ctypes.data, len(source))], 7)
+    assert np.array_equal(target, source)
+
+
+@pytest.mark.parametrize("pairs", [[(1, 2)], [[1, 2, 3]], ["abc"], [(-1, 2, 3)], [(1.5, 2, 3)]])
+def test_refuses_what_is_no_range(pairs: list[object]) -> None:
+    """A wrong list is a Python error before any byte is copied."""
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        core.copy_many(pairs, 1)
+
+
+def test_refuses_no_threads() -> None:
+    """Zero threads is the caller's mistake."""
+    with pytest.raises(ValueError, match="at least 1"):
+        core.copy_many([], 0)
+
+
+def test_threads_are_joined_and_the_signal_mask_is_restored() -> None:
+    """On return there are as many threads as before, and this one takes the same signals."""
+    source, target = _noise(8 << 20), np.zeros(8 << 20, np.uint8)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    core.copy_many([(target.ctypes.data, source.ctypes.data, len(source))], 4)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    assert np.array_equal(target, source)
+
+
+@pytest.mark.parametrize(("start", "size"), [(0, 0), (0, 1), (1, 4096), (4095, 2), (17, 300_000)])
+def test_touch_changes_nothing(start: int, size: int) -> None:
+    """Touched memory holds what it held, for any alignment."""
+    memory = _noise(310_000)
+    before = memory.copy()
+    core.touch(memory.ctypes.data + start, size)
+    assert np.array_equal(memory, before)
+
+
+@pytest.fixture
+def _only_voluntary_switches() -> Iterator[None]:
+    """Python threads change places only where one gives up the GIL itself."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    yield
+    sys.setswitchinterval(before)
+
+
+def _copy() -> None:
+    core.copy_many([(_TARGET.ctypes.data, _SOURCE.ctypes.data, BIG)], 1)
+
+
+def _touch() -> None:
+    memory = ctypes.create_string_buffer(1 << 20)
+    for _ in range(50):
+        core.touch(ctypes.addressof(memory), 1 << 20)
+
+
+_SOURCE = np.zeros(BIG if core else 0, np.uint8)
+_TARGET = np.zeros(BIG if core else 0, np.uint8)
+_CHUNK = memoryview(_SOURCE)[: 64 << 20]
+_OUT = memoryview(_TARGET)[: 64 << 20]
+
+
+def _encode() -> None:
+    assert core.encode_planes(_CHUNK, 4, -50, 80, 1 << 15) is not None
+
+
+def _decode() -> None:
+    directory, payload = core.encode_planes(_CHUNK, 4, -50, 80, 1 << 15)
+    core.decode_planes(payload, directory, _OUT)
+
+
+@pytest.mark.usefixtures("_only_voluntary_switches")
+@pytest.mark.parametrize(
+    "call",
+    [
+        _copy,
+        _touch,
+        lambda: core.split_planes(_CHUNK, _OUT, 8),
+        lambda: core.merge_planes(_CHUNK, _OUT, 8),
+        _encode,
+        _decode,
+    ],
+    ids=["copy_many", "touch", "split_planes", "merge_planes", "encode_planes", "decode_planes"],
+)
+def test_releases_the_gil(call: Callable[[], object]) -> None:
+    """While the core works another Python thread runs: without that, none could before the call returns."""
+    if call in (_encode, _decode) and not core.zstd_available():
+        pytest.skip("libzstd.so.1 is not there")
+    for _ in range(20):  # a slow wake-up may miss one call; a call that keeps the GIL is missed every time
+        ran = threading.Event()
+        go = threading.Lock()
+        go.acquire()
+        other = threading.Thread(target=lambda go=go, ran=ran: (go.acquire(), ran.set()))
+        other.start()
+        go.release()
+        call()
+        seen = ran.is_set()
+        other.join()
+        if seen:
+            break
+    assert seen
