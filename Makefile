@@ -4,7 +4,7 @@
 #   make demo    train, crash, restore: the package at work
 #   make test    every check: style, types, layers, tests
 #   make lint    the checks without the tests
-#   make bench   the measurements, as JSON on stdout
+#   make bench   every measurement in bench/, one file for one question
 #   make clean   remove what was built
 
 PYTHON ?= python3
@@ -37,7 +37,7 @@ test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: venv
-	$(BIN)/ciuic bench --json
+	for question in $(sort $(wildcard bench/[a-z]*.py)); do $(BIN)/python "$$question" || exit 1; done
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -12,7 +12,7 @@ PLANE_RAW: int
 PLANE_ZSTD: int
 
 def copy_many(pairs: list[tuple[int, int, int]], threads: int) -> None:
-    """Copy ranges (destination address, source address, size in bytes) on up to ``threads`` threads, all joined on return.
+    """Copy (destination address, source address, size in bytes) on up to ``threads`` threads, all joined on return.
 
     Addresses are trusted: ranges must be valid, stay alive, and destinations must overlap nothing else. Big ranges
     bypass the caches.
@@ -59,7 +59,8 @@ def decode_planes(payload: Buffer, planes: list[tuple[int, int]], out: bytearray
 class DirectWriter:
     """Appends to the empty file ``fd`` from a thread of its own, with O_DIRECT where the file system has it.
 
-    Neither closes nor syncs ``fd``, which must stay open until ``finish`` or ``abort`` returned. Dead in a forked child.
+    Neither closes nor syncs ``fd``, which must stay open until ``finish`` or ``abort`` returned. Of no use in a forked
+    child.
     """
 
     def __init__(self, fd: int, buffer_size_bytes: int, queue_depth: int, niceness: int) -> None: ...

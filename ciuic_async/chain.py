@@ -120,9 +120,7 @@ class SnapshotChain:
         self._log.refresh()
         return Snapshot(self, resolve_ref(self._log, ref))
 
-    def verify(
-        self, deep: bool = True, level: str | None = None, *, listener: Listener | None = None
-    ) -> VerifyReport:
+    def verify(self, deep: bool = True, level: str | None = None, *, listener: Listener | None = None) -> VerifyReport:
         """Check the chain. Only reads; works while it is written to.
 
         Args:
@@ -138,9 +136,7 @@ class SnapshotChain:
         self._log.refresh()
         names = parents(self._log)
         living = {line.entry.snapshot for line in live_snapshots(self._log)}
-        return [
-            _entry_facts(index, entry, names, living) for index, entry in self._log.entries()
-        ]
+        return [_entry_facts(index, entry, names, living) for index, entry in self._log.entries()]
 
     def keys(self) -> list[str]:
         """Verifier keys (vkeys) of everybody who signed this chain."""
@@ -335,7 +331,7 @@ class Snapshot:
         )
 
     def export(self, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None) -> Path:
-        """Write the tensors in another format, chosen by suffix: ``.safetensors``. The file appears whole or not at all.
+        """Write the tensors in another format, chosen by suffix (``.safetensors``). The file appears whole or not.
 
         Tensor names are dotted paths. Plain values go into the file's metadata as far as the format can hold them.
 

@@ -7,18 +7,17 @@ durable, one after the other; it never touches a training tensor. Both end with 
 from __future__ import annotations
 
 import atexit
-import math
 import os
-import queue
-import threading
 import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ciuic_async.arguments import check_choice, check_metrics, check_state, check_tags, position, refuse_unbuilt
+from ciuic_async.background import BackgroundWriter, Job
 from ciuic_async.capture import training
 from ciuic_async.capture.state_tree import Captured, decode_plain, encode_plain, flatten
 from ciuic_async.chain import Snapshot, SnapshotChain
@@ -34,13 +33,10 @@ from ciuic_async.errors import (
 )
 from ciuic_async.events import Event, Listener, SnapshotStats, logger, notify
 from ciuic_async.format import layout
-from ciuic_async.format.entry import MAX_METRICS, Position
-from ciuic_async.format.jsontext import MAX_SAFE_INTEGER
 from ciuic_async.format.manifest import Progress as ProgressNodes
 from ciuic_async.pending import PendingSnapshot
 from ciuic_async.pipeline.capture_stage import STAGED, WindowQueue, slot_plan, stage_windows, table_bytes
-from ciuic_async.pipeline.history import Line
-from ciuic_async.pipeline.persist import Parent, Persisted, Persister, SaveRequest, lower_priority
+from ciuic_async.pipeline.persist import Parent, Persister, SaveRequest
 from ciuic_async.pipeline.restore import restore_objects
 from ciuic_async.ranks import require_single_rank
 from ciuic_async.retention.policy import Policy
@@ -48,8 +44,8 @@ from ciuic_async.staging.budget import check_bound
 from ciuic_async.staging.device import Devices
 from ciuic_async.staging.slots import Slot, SlotPool, out_of_memory
 
-STATS_KEPT = 10_000
-"""Statistics of the newest snapshots; bounded, for runs are long."""
+WINDOW_TIMEOUT_S = 30.0
+"""How long staging waits for the writer to free a window when ``when_busy="skip"`` gives no time of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +68,6 @@ class Progress:
     snapshot: Snapshot
     skipped: tuple[tuple[str, str], ...] = ()
     mismatches: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Job:
-    """A snapshot for the writer."""
-
-    request: SaveRequest
-    windows: WindowQueue
-    pending: PendingSnapshot
-    stats: SnapshotStats
-    started_s: float
 
 
 class Checkpointer:
@@ -132,19 +117,22 @@ class Checkpointer:
         key: str | os.PathLike[str] | None = None,
         listener: Listener | None = None,
     ) -> None:
-        _refuse_unbuilt(overhead_budget, staging, frozen, preemption, keeper, mtbf_s)
-        _check_choice("staging", staging, ("auto", "blocking"))
-        _check_choice("when_busy", when_busy, ("wait", "skip"))
-        _check_choice("on_error", on_error, ("warn", "raise"))
-        for name, value in (("every_steps", every_steps), ("every_epochs", every_epochs), ("every_seconds", every_seconds)):
+        refuse_unbuilt(overhead_budget, staging, frozen, preemption, keeper, mtbf_s)
+        check_choice("staging", staging, ("auto", "blocking"))
+        check_choice("when_busy", when_busy, ("wait", "skip"))
+        check_choice("on_error", on_error, ("warn", "raise"))
+        for name, value in (
+            ("every_steps", every_steps),
+            ("every_epochs", every_epochs),
+            ("every_seconds", every_seconds),
+        ):
             if value is not None and not value > 0:
                 raise UsageError(f"{name}={value!r}: expected a number above 0, or None")
         check_bound(host_memory_bytes)
         require_single_rank()
-        self._codec = codec_for(codec)
-        self._state = _check_state(state)
+        encoder = codec_for(codec)
+        self._state = check_state(state)
         self._every_steps, self._every_epochs, self._every_seconds = every_steps, every_epochs, every_seconds
-        self._keep = keep
         self._rng = rng
         self._host_memory_bytes = host_memory_bytes
         self._busy_timeout_s = busy_timeout_s if when_busy == "wait" else 0.0
@@ -154,16 +142,12 @@ class Checkpointer:
         self._owns_chain = not isinstance(chain, SnapshotChain)
         self._chain = chain if isinstance(chain, SnapshotChain) else SnapshotChain(chain, key=key)
         target = self._chain.target()
-        self._persister = Persister(target, self._chain.file, self._codec, self._chain.run)
         self._environment = training.environment()
         self._pool = SlotPool()
         self._devices = Devices()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._writer: threading.Thread | None = None
+        persister = Persister(target, self._chain.file, encoder, self._chain.run)
+        self._writer = BackgroundWriter(self._chain, persister, self._pool, keep, listener)
         self._unfinished: deque[PendingSnapshot] = deque()
-        self._stats: deque[SnapshotStats] = deque(maxlen=STATS_KEPT)
-        self._mutex = threading.Lock()
-        self._parent: Parent | None = None
         self._step = 0
         self._epoch: Any = None
         self._batch: Any = None
@@ -174,7 +158,7 @@ class Checkpointer:
         self._owner_pid = os.getpid()
         self._atexit = _close_at_exit(self)
 
-    # --- the training loop ---------------------------------------------------------------------------------------------
+    # --- the training loop ------------------------------------------------------------------------------------------
 
     def step(
         self, *, epoch: Any = None, batch: Any = None, metrics: Mapping[str, Any] | None = None
@@ -246,11 +230,8 @@ class Checkpointer:
         self._closed = True
         atexit.unregister(self._atexit)
         try:
-            self._jobs.put(None)
-            if self._writer is not None:
-                self._writer.join()
+            self._writer.close()
         finally:
-            self._persister.close()
             self._pool.close()
             if self._owns_chain:
                 self._chain.close()
@@ -258,8 +239,7 @@ class Checkpointer:
 
     def stats(self) -> list[SnapshotStats]:
         """Figures of the snapshots taken (the newest 10,000), in order of their completion."""
-        with self._mutex:
-            return list(self._stats)
+        return self._writer.stats()
 
     @property
     def chain(self) -> SnapshotChain:
@@ -278,7 +258,7 @@ class Checkpointer:
         except CiuicError as own:  # the loop's own exception is the news
             logger.error("%s", own)
 
-    # --- restore ------------------------------------------------------------------------------------------------------
+    # --- restore ----------------------------------------------------------------------------------------------------
 
     def restore(self, ref: str = "latest", *, strict: bool = True) -> Progress | None:
         """Bring a snapshot back into the live objects, bit for bit: the regret pill.
@@ -334,7 +314,7 @@ class Checkpointer:
         self._epoch, self._batch = decode_plain(nodes.epoch), decode_plain(nodes.batch)
         self._epoch_of_snapshot = self._epoch
         self._last_snapshot_s = time.monotonic()
-        self._parent = Parent(snapshot.id, snapshot.leaf_hash, resolved.locator.chunks)
+        self._writer.parent = Parent(snapshot.id, snapshot.leaf_hash, resolved.locator.chunks)
         differences = training.environment_differences(resolved.manifest.environment, training.environment())
         if differences:
             self._warn(
@@ -342,11 +322,9 @@ class Checkpointer:
                 + "; ".join(differences)
             )
         logger.info("restored snapshot %s, step %s, in %.2f s", snapshot.id, step, time.perf_counter() - started)
-        return Progress(
-            self._step, self._epoch, self._batch, snapshot.metrics, snapshot, skipped, result.mismatches
-        )
+        return Progress(self._step, self._epoch, self._batch, snapshot.metrics, snapshot, skipped, result.mismatches)
 
-    # --- taking a snapshot, on the training thread -------------------------------------------------------------------------
+    # --- taking a snapshot, on the training thread ------------------------------------------------------------------
 
     def _due(self, epoch: Any) -> bool:
         if self._every_steps is not None and self._step % self._every_steps == 0:
@@ -389,8 +367,18 @@ class Checkpointer:
         tags: tuple[str, ...],
         started: float,
     ) -> None:
-        recorded = check_metrics(metrics)
         captured = self._capture()
+        request = SaveRequest(
+            snapshot=layout.new_id(),
+            plan=captured.plan,
+            step=self._step,
+            epoch=position(self._epoch),
+            batch=position(self._batch),
+            progress=ProgressNodes(self._step, encode_plain(self._epoch, "epoch"), encode_plain(self._batch, "batch")),
+            metrics=check_metrics(metrics),
+            tags=tags,
+            environment=self._environment,
+        )
         plan = slot_plan(captured, self._host_memory_bytes, self._pool)
         first = self._pool.acquire(plan, table_bytes(captured), self._busy_timeout_s)
         if first is None:
@@ -401,22 +389,9 @@ class Checkpointer:
                 kind="busy",
             )
         self._pool.trim(plan)
-        request = SaveRequest(
-            snapshot=layout.new_id(),
-            plan=captured.plan,
-            step=self._step,
-            epoch=_position(self._epoch),
-            batch=_position(self._batch),
-            progress=ProgressNodes(
-                self._step, encode_plain(self._epoch, "epoch"), encode_plain(self._batch, "batch")
-            ),
-            metrics=recorded,
-            tags=tags,
-            environment=self._environment,
-        )
         windows = WindowQueue(whole=not plan.windowed)
-        stats = SnapshotStats(self._step, request.snapshot, raw_bytes=sum(region.size_bytes for region in captured.plan.regions))
-        job = _Job(request, windows, pending, stats, started)
+        raw_bytes = sum(region.size_bytes for region in captured.plan.regions)
+        job = Job(request, windows, pending, SnapshotStats(self._step, request.snapshot, raw_bytes=raw_bytes))
         staging_started = time.perf_counter()
 
         def mark(slot: Slot) -> None:
@@ -432,7 +407,7 @@ class Checkpointer:
                 self._devices,
                 windows,
                 first=first,
-                timeout_s=self._busy_timeout_s or 30.0,
+                timeout_s=self._busy_timeout_s or WINDOW_TIMEOUT_S,
                 mark=mark,
             )
         except BaseException as error:
@@ -441,11 +416,16 @@ class Checkpointer:
             )
             raise
         now = time.perf_counter()
-        job.stats = replace(stats, stall_s=now - started, stage_s=now - staging_started)
+        job.stats = replace(job.stats, stall_s=now - started, stage_s=now - staging_started)
+        windows.end()
         pending.staged()
-        notify(self._listener, Event("stage", request.snapshot, stats.raw_bytes, now - staging_started))
+        notify(self._listener, Event("stage", request.snapshot, raw_bytes, now - staging_started))
         if not plan.windowed:
             self._submit(job)
+
+    def _submit(self, job: Job) -> None:
+        self._unfinished.append(job.pending)
+        self._writer.submit(job)
 
     def _capture(self) -> Captured:
         return flatten(
@@ -462,10 +442,12 @@ class Checkpointer:
             captured = self._capture()
             plan = slot_plan(captured, self._host_memory_bytes, self._pool)
             self._pool.prepare(plan, table_bytes(captured), self._devices.for_pinning())
-        except CiuicError as error:
+        except Exception as error:  # no snapshot is due: whatever it is will be reported when one is
             logger.warning("the state cannot be captured as it is now: %s", error)
 
     def _failed_to_take(self, pending: PendingSnapshot, error: CiuicError) -> None:
+        if error.kind == "writer_failed":
+            return  # the writer knows the cause, and reports it
         quiet = error.kind == "busy" and self._skips_quietly
         if quiet:
             logger.info("snapshot of step %s %s", pending.step, error)
@@ -476,82 +458,7 @@ class Checkpointer:
             self._unfinished.append(pending)
             self._surface_errors()
 
-    def _submit(self, job: _Job) -> None:
-        if self._writer is None:
-            self._writer = threading.Thread(target=self._write, name="ciuic-writer", daemon=True)
-            self._writer.start()
-        self._unfinished.append(job.pending)
-        self._jobs.put(job)
-
-    # --- the writer thread ---------------------------------------------------------------------------------------------
-
-    def _write(self) -> None:
-        lower_priority()
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._write_one(job)
-            except CiuicError as error:
-                self._failed(job, error)
-            except BaseException as error:
-                failure = InternalError(f"writing failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                self._failed(job, failure)
-            finally:
-                job.windows.release_all(self._pool)
-
-    def _write_one(self, job: _Job) -> None:
-        started = time.perf_counter()
-        parent = self._parent
-        persisted = self._persister.persist(
-            replace(job.request, parent=parent),
-            job.windows,
-            lambda window: job.windows.release(self._pool, window),
-            keeps_memory=job.windows.whole,
-        )
-        job.windows.release_all(self._pool)
-        self._parent = persisted.as_parent()
-        seconds = time.perf_counter() - started
-        self._durable(job, persisted, seconds)
-        if self._keep is not None:
-            self._prune(self._keep)
-
-    def _durable(self, job: _Job, persisted: Persisted, seconds: float) -> None:
-        entry = persisted.entry
-        stats = replace(
-            job.stats,
-            persist_s=seconds,
-            raw_bytes=entry.raw_bytes,
-            stored_bytes=entry.stored_bytes,
-            deduplicated_bytes=persisted.deduplicated_bytes,
-        )
-        with self._mutex:
-            self._stats.append(stats)
-        logger.info(
-            "snapshot %s durable: step %s, %.1f MB (%.1f MB stored), %.2f s after it was staged",
-            entry.snapshot,
-            entry.step,
-            entry.raw_bytes / 1e6,
-            entry.stored_bytes / 1e6,
-            seconds,
-        )
-        notify(self._listener, Event("commit", entry.snapshot, entry.stored_bytes, seconds))
-        line = Line(persisted.index, entry, persisted.leaf_hash)
-        job.pending.durable(Snapshot(self._chain, line))
-
-    def _failed(self, job: _Job, error: CiuicError) -> None:
-        logger.error("snapshot of step %s failed: %s", job.request.step, error)
-        with self._mutex:
-            self._stats.append(job.stats)
-        job.pending.failed(error)
-
-    def _prune(self, policy: Policy) -> None:
-        """Retention after a snapshot is durable; its failure is no failure of the snapshot."""
-        try:
-            self._chain.prune(policy)
-        except CiuicError as error:
-            logger.error("retention (%s) failed, nothing good was deleted: %s", policy.describe(), error)
-
-    # --- errors and ends -----------------------------------------------------------------------------------------------
+    # --- errors and ends --------------------------------------------------------------------------------------------
 
     def _wait_unfinished(self, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -593,80 +500,3 @@ def _close_at_exit(checkpointer: Checkpointer) -> Any:
 
     atexit.register(close)
     return close
-
-
-def _refuse_unbuilt(
-    overhead_budget: float | None,
-    staging: str,
-    frozen: Sequence[str],
-    preemption: bool,
-    keeper: bool,
-    mtbf_s: float | None,
-) -> None:
-    """Options of the stable API whose part is not built yet: better an error than a promise that is not kept."""
-    unbuilt = {
-        "overhead_budget": overhead_budget is not None,
-        "staging='overlap'": staging == "overlap",
-        "frozen": bool(frozen),
-        "preemption": preemption,
-        "keeper": keeper,
-        "mtbf_s": mtbf_s is not None,
-    }
-    for name, asked in unbuilt.items():
-        if asked:
-            raise UsageError(f"{name} is not available in this version; leave it out", kind="not_available")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_state(state: Mapping[str, Any]) -> MutableMapping[str, Any]:
-    if not isinstance(state, Mapping) or not state:
-        raise UsageError("state: expected a mapping of names to objects, e.g. {'model': model, 'optimizer': optimizer}")
-    for name in state:
-        if type(name) is not str or not name:
-            raise UsageError(f"state: names are texts, found {name!r}")
-    return state if isinstance(state, MutableMapping) else dict(state)
-
-
-def check_tags(tags: Sequence[str]) -> tuple[str, ...]:
-    """Tags as they are recorded. Raises UsageError."""
-    if isinstance(tags, str):
-        raise UsageError(f"tags={tags!r}: expected a list of tags, found one text")
-    for tag in tags:
-        if type(tag) is not str or not tag or len(tag) > 200 or not tag.isprintable():
-            raise UsageError(f"tag {tag!r}: expected 1 to 200 printable characters")
-    return tuple(tags)
-
-
-def check_metrics(metrics: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
-    """Metrics as (name, shortest decimal that reads back to the same number), sorted."""
-    if not metrics:
-        return ()
-    result = []
-    for name, value in metrics.items():
-        if type(name) is not str or not name or len(name) > 200 or not name.isprintable():
-            raise UsageError(f"metric {name!r}: expected a name of 1 to 200 printable characters")
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"metric {name!r}: expected a number, found {type(value).__name__}: {error}") from None
-        result.append((name, repr(int(number)) if _is_small_integer(value, number) else repr(number)))
-    if len(result) > MAX_METRICS:
-        raise UsageError(f"{len(result)} metrics, at most {MAX_METRICS} can be recorded with a snapshot")
-    return tuple(sorted(result))
-
-
-def _is_small_integer(value: Any, number: float) -> bool:
-    return isinstance(value, int) and math.isfinite(number) and abs(number) <= MAX_SAFE_INTEGER
-
-
-def _position(value: Any) -> Position:
-    """Epoch or batch for the log entry, where only integers and short texts fit; the manifest has it verbatim."""
-    if type(value) is int and abs(value) <= MAX_SAFE_INTEGER:
-        return value
-    if type(value) is str and len(value) <= 1000 and value.isprintable():
-        return value
-    return None

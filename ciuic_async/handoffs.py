@@ -1,6 +1,6 @@
 """The immutable values that pass between stages: the waist where modules meet. No torch here.
 
-    capture --(CapturePlan)--> staging --(StagedWindow)--> codecs --(EncodedChunk)--> segments --(ChunkLocation)--> commit
+capture --(CapturePlan)--> staging --(StagedWindow)--> codecs --(EncodedChunk)--> segments --(ChunkLocation)--> commit
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from ciuic_async.arguments import check_metrics, check_tags
 from ciuic_async.chain import Snapshot, SnapshotChain
 from ciuic_async.events import Listener
 from ciuic_async.format import layout
+from ciuic_async.format.chain_file import CHUNK_SIZE_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -46,19 +48,22 @@ def save(
     """
     from ciuic_async.capture import training
     from ciuic_async.capture.state_tree import flatten
-    from ciuic_async.checkpointer import check_metrics, check_tags
     from ciuic_async.codecs.choose import codec_for
     from ciuic_async.pipeline.persist import Parent, Persister, SaveRequest
 
-    encoder = codec_for(codec)
+    encoder, recorded_metrics, recorded_tags = codec_for(codec), check_metrics(metrics), check_tags(tags)
+    captured = flatten(
+        state, chunk_size_bytes=CHUNK_SIZE_BYTES
+    )  # what cannot be stored is refused before a chain is made
     with _opened(url, create=True, key=key) as chain:
-        captured = flatten(state, chunk_size_bytes=chain.file.chunk_size_bytes)
+        if chain.file.chunk_size_bytes != CHUNK_SIZE_BYTES:
+            captured = flatten(state, chunk_size_bytes=chain.file.chunk_size_bytes)
         newest = chain.latest()
         request = SaveRequest(
             snapshot=layout.new_id(),
             plan=captured.plan,
-            metrics=check_metrics(metrics),
-            tags=check_tags(tags),
+            metrics=recorded_metrics,
+            tags=recorded_tags,
             environment=training.environment(),
             parent=None if newest is None else Parent(newest.id, newest.leaf_hash, _locations(newest)),
         )
@@ -86,7 +91,7 @@ def load(
         return chain.get(ref).load(only=only, map_location=map_location, verify=verify, listener=listener)
 
 
-def _opened(url: Any, *, create: bool, key: Any = None) -> Any:
+def _opened(url: Any, *, create: bool, key: Any = None) -> AbstractContextManager[SnapshotChain]:
     """A chain for the time of one call; a chain that the caller opened stays open."""
     if isinstance(url, SnapshotChain):
         return nullcontext(url)
@@ -114,9 +119,7 @@ def _windows(captured: Captured) -> Iterator[StagedWindow]:
     devices = Devices()
     size = min(WINDOW_BYTES, max(captured.plan.size_bytes, 1))
     buffer = torch.empty(size, dtype=torch.uint8)
-    memory = memoryview(buffer.numpy()).toreadonly()
+    memory = buffer.numpy().data.toreadonly()
     for base, chunks in windows(captured.plan, size):
         stage(captured.sources, buffer, base, chunks[-1].address + chunks[-1].size_bytes, devices)
         yield StagedWindow(base, chunks, memory)
-
-

@@ -63,7 +63,7 @@ class RetentionOptions:
     """When garbage may go."""
 
     orphan_age_s: float = 24 * 3600.0
-    """Files of unfinished snapshots are swept after this time by the store's clock: a slow writer may still be at work."""
+    """Files of unfinished snapshots are swept after this time by the store's clock: a slow writer may be at work."""
 
 
 STAGING = StagingOptions()

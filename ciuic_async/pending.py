@@ -97,8 +97,11 @@ class PendingSnapshot:
         self._finish(DURABLE)
 
     def failed(self, error: CiuicError, *, seen: bool = False) -> None:
-        self._error = error
-        self._error_seen = seen
+        """The first failure counts: what follows from it is no news."""
+        with self._changed:
+            if self._error is None and self.phase != DURABLE:
+                self._error = error
+                self._error_seen = seen
         self._finish(FAILED)
 
     def _finish(self, phase: str) -> None:

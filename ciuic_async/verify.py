@@ -1,8 +1,8 @@
 """Walk a chain and check every byte of it. Reads only, imports no torch.
 
-Order: the chain's file, the log (head, slots, tiles, entries), then every snapshot that is not pruned: manifest, locators,
-and with ``deep`` all chunk data and every segment as a whole. Leftovers of crashed writers are not problems: they are no
-part of history, and gc sweeps them.
+Order: the chain's file, the log (head, slots, tiles, entries), then every snapshot that is not pruned: manifest,
+locators, and with ``deep`` all chunk data and every segment as a whole. Leftovers of crashed writers are not problems:
+they are no part of history, and gc sweeps them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NO_KEY = "integrity only"
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong. ``where`` is a file of the chain; ``snapshot`` and ``tensor`` are empty where none is hit."""
+    """One thing that is wrong. ``where`` is a file of the chain; ``snapshot`` and ``tensor`` may be empty."""
 
     kind: str
     where: str
@@ -153,7 +153,9 @@ def _check_history(walk: _Walk, history: list[Entry]) -> list[SnapshotEntry]:
             unknown = [snapshot for snapshot in entry.snapshots if snapshot not in seen]
             if unknown:
                 walk.problems.append(
-                    Problem("bad_history", f"entry {index}", f"entry {index}: prunes {unknown[0]}, which is not before it")
+                    Problem(
+                        "bad_history", f"entry {index}", f"entry {index}: prunes {unknown[0]}, which is not before it"
+                    )
                 )
             pruned.update(entry.snapshots)
     return [entry for snapshot, entry in seen.items() if snapshot not in pruned]
@@ -175,9 +177,7 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
     for generation in generations:
         name = layout.locator(entry.snapshot, generation)
         try:
-            newest = locator.decode(
-                walk.store.read(name, locator.LIMIT_BYTES), entry.snapshot, generation, distinct
-            )
+            newest = locator.decode(walk.store.read(name, locator.LIMIT_BYTES), entry.snapshot, generation, distinct)
         except CiuicError as error:
             walk.report(error, snapshot=entry.snapshot, where=name)
     if newest is None:
@@ -189,7 +189,13 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
             kind, found = ("missing", "is missing") if size is None else ("truncated", f"has {size} bytes")
             hit = next((names.get(c, "") for c, place in newest.chunks.items() if place.segment == segment), "")
             walk.problems.append(
-                Problem(kind, segment.path, f"{segment.path}: {found}, expected {segment.size_bytes} bytes", entry.snapshot, hit)
+                Problem(
+                    kind,
+                    segment.path,
+                    f"{segment.path}: {found}, expected {segment.size_bytes} bytes",
+                    entry.snapshot,
+                    hit,
+                )
             )
     if deep:
         _check_chunks(walk, entry, newest, distinct, names)

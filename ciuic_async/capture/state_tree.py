@@ -104,7 +104,11 @@ def _step(key: object) -> str | int:
     """A key as one step of a path."""
     if type(key) is int and abs(key) <= jsontext.MAX_SAFE_INTEGER:
         return key
-    return str(key).encode("utf-8", "backslashreplace").decode("utf-8")[:200]
+    try:
+        text = str(key)
+    except Exception:  # Python prints no integer above 4300 digits, and an object may print as it likes
+        text = f"<{type(key).__name__}>"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")[:200]
 
 
 class _Flattener:
@@ -141,9 +145,7 @@ class _Flattener:
 
     def _container(self, value: object, path: Path) -> Node:
         if id(value) in self._open:
-            raise UsageError(
-                f"{dotted(path)}: the state contains itself (a cycle)", kind="cycle", where=dotted(path)
-            )
+            raise UsageError(f"{dotted(path)}: the state contains itself (a cycle)", kind="cycle", where=dotted(path))
         if len(self._open) >= MAX_DEPTH:
             raise UsageError(
                 f"{dotted(path)[:200]}: nested deeper than {MAX_DEPTH}", kind="too_deep", where=dotted(path)[:200]
@@ -212,7 +214,7 @@ class _Flattener:
             raise self._unsupported(array, path, f" of dtype {dtype}")
         fortran = array.flags.f_contiguous and not array.flags.c_contiguous
         flat = (array.T if fortran else np.ascontiguousarray(array)).reshape(-1)
-        data = memoryview(flat.view(np.uint8) if flat.size and dtype.itemsize else np.empty(0, np.uint8))
+        data = (flat.view(np.uint8) if flat.size and dtype.itemsize else np.empty(0, np.uint8)).data
         self._references += 1
         self._size += 100
         return {
@@ -241,7 +243,8 @@ class _Flattener:
             else "turn it into plain values, tensors or arrays, or give it state_dict() and load_state_dict()"
         )
         return UsageError(
-            f"{dotted(path)}: {kind.__module__}.{kind.__qualname__}{detail} cannot be stored (no pickle is used); {advice}",
+            f"{dotted(path)}: {kind.__module__}.{kind.__qualname__}{detail} cannot be stored (no pickle is used); "
+            f"{advice}",
             kind="unsupported_type",
             where=dotted(path),
         )
@@ -315,8 +318,12 @@ class Inflater:
             if tag in ("set", "frozenset"):
                 return (set if tag == "set" else frozenset)(self.value(item, where) for item in items)
             if tag == "deque":
+                if node["maxlen"] is not None and (type(node["maxlen"]) is not int or node["maxlen"] < len(items)):
+                    raise malformed(f"{where}: a deque of {len(items)} items cannot have this maxlen")
                 return collections.deque((self.value(item, where) for item in items), node["maxlen"])
             if tag == "slice":
+                if len(items) != 3:
+                    raise malformed(f"{where}: a slice has 3 parts, found {len(items)}")
                 return slice(*(self.value(item, where) for item in items))
             if tag == "namedtuple":
                 cls = values.find_namedtuple(node["type"], node["fields"])
@@ -394,7 +401,7 @@ class Inflater:
         number = check_index(index, self._tensors, where)
         if self._tensors[number].dtype != "uint8" or len(self._tensors[number].shape) != 1:
             raise malformed(f"{where}: bytes are stored as a 1-D uint8 tensor, found another")
-        return memoryview(self._load(number).cpu().numpy())
+        return self._load(number).cpu().numpy().data
 
 
 def _empty_mismatch() -> Any:
@@ -408,9 +415,7 @@ def check_index(index: object, tensors: tuple[StoredTensor, ...], where: str) ->
     return index
 
 
-def tensor_node(
-    node: dict[str, Node], tensors: tuple[StoredTensor, ...], where: str
-) -> tuple[int, Any, bool, bool]:
+def tensor_node(node: dict[str, Node], tensors: tuple[StoredTensor, ...], where: str) -> tuple[int, Any, bool, bool]:
     """Index, checked view, ``requires_grad`` and ``parameter`` of a tensor node."""
     if not set(node) <= {"tensor", "view", "requires_grad", "parameter"}:
         raise malformed(f"{where}: a tensor node has the fields {sorted(node)[:8]}")

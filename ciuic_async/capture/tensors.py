@@ -129,7 +129,7 @@ class TensorCollector:
             if address:
                 self._by_storage[device, address] = number
         node["tensor"] = number
-        low = plain.storage_offset() * plain.element_size()
+        low = int(plain.storage_offset()) * plain.element_size()
         view = (DTYPE_NAMES[plain.dtype], tuple(plain.shape), tuple(plain.stride()), low)
         self._groups[number].leaves.append(_Leaf(node, plain, view, low, low + _extent_bytes(plain)))
         return node
@@ -210,7 +210,7 @@ def flat_bytes(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """Bytes ``low..high`` of a tensor's storage as a 1-D uint8 tensor that shares its memory."""
     with torch.no_grad():
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        return flat.set_(tensor.untyped_storage(), low, (high - low,), (1,))  # type: ignore[call-overload, no-any-return]
+        return flat.set_(tensor.untyped_storage(), low, (high - low,), (1,))
 
 
 def _store(group: _Group) -> _Stored:
@@ -253,11 +253,13 @@ def _store_shared(group: _Group) -> _Stored:
         else:
             runs.append([low, high])
     position = 0
+    # Storages are told apart by where they begin: numpy makes several of different length over one array.
+    widest = max((leaf.tensor for leaf in group.leaves), key=lambda tensor: tensor.untyped_storage().nbytes())
     pieces: list[tuple[int, torch.Tensor | memoryview]] = []
     shifts: list[tuple[int, int, int]] = []  # low, high, where low went
     for low, high in runs:
         position = align_up(position, 16) + low % 16 if position or low % 16 else 0
-        pieces.append((position, flat_bytes(group.leaves[0].tensor, low, high)))
+        pieces.append((position, flat_bytes(widest, low, high)))
         shifts.append((low, high, position))
         position += high - low
     names = {leaf.view[0] for leaf in group.leaves}
@@ -351,7 +353,7 @@ def apply_view(stored: torch.Tensor, view: View | None) -> torch.Tensor:
         return empty(shape, dtype, stored.device)
     with torch.no_grad():
         result = empty((0,), dtype, stored.device)
-        return result.set_(stored.untyped_storage(), offset // dtype.itemsize, shape, stride)  # type: ignore[call-overload, no-any-return]
+        return result.set_(stored.untyped_storage(), offset // dtype.itemsize, shape, stride)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

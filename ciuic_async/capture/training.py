@@ -1,8 +1,8 @@
 """Live training objects: taking their state, and putting it back bit for bit.
 
-Whatever has ``state_dict`` and ``load_state_dict`` takes part (models, optimizers, schedulers, scalers, averaged models,
-stateful loaders); everything else must be a plain state tree. Parameters and buffers that share storage with the live
-module are filled in place; what a ``state_dict`` merely copied goes through ``load_state_dict``, as its owner expects.
+Whatever has ``state_dict`` and ``load_state_dict`` takes part (models, optimizers, schedulers, scalers, averaged
+models, stateful loaders); everything else must be a plain state tree. Parameters and buffers that share storage with
+the live module are filled in place; what a ``state_dict`` merely copied goes through ``load_state_dict``, as its owner expects.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def capture_objects(state: Mapping[str, Any]) -> dict[str, Any]:
         except CiuicError:
             raise
         except Exception as error:
-            raise UsageError(f"{name}: state_dict() of {type(value).__qualname__} failed: {error}", where=name) from error
+            raise UsageError(
+                f"{name}: state_dict() of {type(value).__qualname__} failed: {error}", where=name
+            ) from error
     return result
 
 
@@ -46,15 +48,24 @@ def trainable_storages(state: Mapping[str, Any]) -> frozenset[int]:
         for value in state.values()
         if isinstance(value, torch.nn.Module)
         for parameter in value.parameters()
-        if parameter.requires_grad and not _unmaterialized(parameter)
+        if parameter.requires_grad and not unmaterialized(parameter)
     )
 
 
-def _unmaterialized(parameter: torch.Tensor) -> bool:
-    return isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin) or parameter.layout != torch.strided
+def unmaterialized(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has no memory of the ordinary kind: a lazy module's before its first use, or a sparse one."""
+    return (
+        isinstance(parameter, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer)
+        or parameter.layout != torch.strided
+    )
 
 
-# --- random numbers ---------------------------------------------------------------------------------------------------
+# --- random numbers -------------------------------------------------------------------------------------------------
+
+
+def cuda_in_use() -> bool:
+    """Whether this process has begun to use CUDA; asking must not make it begin."""
+    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def capture_rng() -> dict[str, Any]:
@@ -64,7 +75,7 @@ def capture_rng() -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if cuda_in_use():
         rng["cuda"] = torch.cuda.get_rng_state_all()
     return rng
 
@@ -84,7 +95,7 @@ def restore_rng(rng: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-# --- models: in place -------------------------------------------------------------------------------------------------
+# --- models: in place -----------------------------------------------------------------------------------------------
 
 
 def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
@@ -97,7 +108,7 @@ def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     owned = {
         tensor.untyped_storage().data_ptr()
         for tensor in [*module.parameters(), *module.buffers()]
-        if not _unmaterialized(tensor) and tensor.numel()
+        if not unmaterialized(tensor) and tensor.numel()
     }
     return {
         name: tensor.detach()
@@ -149,7 +160,7 @@ def _module_names(names: Any) -> list[str]:
     return sorted(modules, key=len)
 
 
-# --- everything: through load_state_dict, or in place for plain trees ---------------------------------------------------
+# --- everything: through load_state_dict, or in place for plain trees -----------------------------------------------
 
 
 def load_object(target: Any, saved: Any, name: str, *, strict: bool) -> None:
@@ -178,13 +189,25 @@ def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> N
 
     It turns float32 moments of bfloat16 parameters into bfloat16, which loses bits.
     """
+    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        return  # it has a layout of its own, and casts (or does not) as it likes
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
-        for key, value in saved["state"].get(number, {}).items():
-            current = optimizer.state[parameter].get(key)
-            if isinstance(value, torch.Tensor) and isinstance(current, torch.Tensor) and current.dtype != value.dtype:
-                optimizer.state[parameter][key] = value.to(current.device)
+        if number in saved["state"]:
+            optimizer.state[parameter] = _uncast(optimizer.state[parameter], saved["state"][number])
+
+
+def _uncast(current: Any, saved: Any) -> Any:
+    """``current`` with the tensors of ``saved`` wherever their dtype was changed."""
+    if isinstance(saved, torch.Tensor) and isinstance(current, torch.Tensor):
+        return current if current.dtype == saved.dtype else saved.to(current.device)
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in current.keys() & saved.keys():
+            current[key] = _uncast(current[key], saved[key])
+    elif type(current) is type(saved) and type(saved) in (list, tuple) and len(current) == len(saved):
+        return type(saved)(map(_uncast, current, saved))
+    return current
 
 
 def merge_plain(live: Any, saved: Any) -> Any:
@@ -194,7 +217,7 @@ def merge_plain(live: Any, saved: Any) -> Any:
         ``live`` where it could be changed in place, else ``saved``.
     """
     if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
-        if live.shape != saved.shape or live.dtype != saved.dtype:
+        if live.shape != saved.shape or live.dtype != saved.dtype or _overlaps_itself(live):
             return saved
         with torch.no_grad():
             live.copy_(saved)
@@ -217,7 +240,12 @@ def merge_plain(live: Any, saved: Any) -> Any:
     return saved
 
 
-# --- environment ------------------------------------------------------------------------------------------------------
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether elements of an expanded tensor share memory: nothing can be copied into it."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+# --- environment ----------------------------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
@@ -246,7 +274,7 @@ def environment_differences(saved: Mapping[str, str], current: Mapping[str, str]
 
 
 def _device_names() -> str:
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not cuda_in_use():
         return "cpu"
     return ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
 

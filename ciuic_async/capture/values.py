@@ -80,7 +80,7 @@ def _encode_str(value: str) -> Node:
 def _encode_enum(value: enum.Enum) -> Node:
     name = value.name
     if name is None or isinstance(value, enum.Flag):
-        members = [member.name for member in type(value) if member in value]  # type: ignore[operator]
+        members = [member.name for member in type(value) if member in value]
         combined = functools.reduce(operator.or_, (type(value)[n] for n in members if n), type(value)(0))
         if combined != value:  # bits without a name cannot be stored by name
             return NOT_PLAIN
@@ -204,10 +204,16 @@ def _decode_numpy_scalar(node: dict[str, Node]) -> object:
     data = bytes.fromhex(node["numpy.scalar"])
     if len(data) != dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for {dtype}")
+    if dtype.kind == "S":  # numpy takes zeros at the end for padding; here they are the value's own
+        return np.bytes_(data)
+    if dtype.kind == "U":
+        return np.str_(data.decode("utf-32-be" if dtype.str[0] == ">" else "utf-32-le", "surrogatepass"))
     return np.frombuffer(data, dtype=dtype)[0] if dtype.itemsize else np.zeros((), dtype)[()]
 
 
 def _decode_enum(node: dict[str, Node]) -> object:
+    if not isinstance(node["name"], str):
+        raise ValueError("expected a name")
     cls = find_type(node["enum"])
     if cls is None or not issubclass(cls, enum.Enum):
         module, _, name = str(node["enum"]).partition(":")
@@ -245,8 +251,8 @@ def find_namedtuple(name: object, fields: object) -> type[tuple[Any, ...]]:
         cls = find_type(name)
         if cls is not None and issubclass(cls, tuple) and getattr(cls, "_fields", None) == tuple(fields):
             return cls
-        return collections.namedtuple(str(name).rpartition(".")[2].rpartition(":")[2], fields)  # type: ignore[misc]
-    except ValueError as error:
+        return collections.namedtuple(str(name).rpartition(".")[2].rpartition(":")[2], fields)
+    except (ValueError, SyntaxError) as error:  # SyntaxError: two names that Python's normalization makes one
         raise malformed(f"a namedtuple node is not one: {str(error)[:200]}") from None
 
 

@@ -160,6 +160,7 @@ Entry = SnapshotEntry | KeyEntry | PruneEntry | OtherEntry
 
 
 def kind_of(entry: Entry) -> str:
+    """The ``kind`` that the entry's bytes hold."""
     match entry:
         case SnapshotEntry():
             return "snapshot"

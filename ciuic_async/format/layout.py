@@ -42,18 +42,22 @@ def new_id() -> str:
 
 
 def segment(snapshot: str, rank: int, number: int) -> str:
+    """A segment that ``rank`` wrote; both numbers are below 10^9."""
     return f"{SEGMENTS}/{snapshot}/{rank}-{number}.seg"
 
 
 def manifest_root(snapshot: str) -> str:
+    """The file that a snapshot's entry refers to."""
     return f"{MANIFESTS}/{snapshot}/root.json"
 
 
 def manifest_part(snapshot: str, part: int) -> str:
+    """A file that the manifest's root refers to."""
     return f"{MANIFESTS}/{snapshot}/{part}.json"
 
 
 def locator(snapshot: str, generation: int) -> str:
+    """Where the chunks lie; the newest generation counts."""
     return f"{LOCATORS}/{snapshot}.{generation}.json"
 
 

@@ -181,6 +181,7 @@ def _check_record(header: RecordHeader, what: str) -> None:
 
 
 def pack_file_header(snapshot: str, rank: int, number: int) -> bytes:
+    """The first 64 bytes of a segment."""
     return _FILE_HEADER.pack(
         _FILE_MAGIC, VERSION, 0, FILE_HEADER_BYTES, snapshot.encode("ascii"), rank, number, bytes(20)
     )

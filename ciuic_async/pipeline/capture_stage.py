@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -28,11 +29,17 @@ class WindowQueue:
     """The state lies in one window: its memory stays valid until the snapshot is durable."""
     _queue: queue.SimpleQueue[StagedWindow | CiuicError | None] = field(default_factory=queue.SimpleQueue)
     _slots: dict[int, Slot] = field(default_factory=dict)
-    writer_failed: bool = False
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
+    writer_done: bool = False
 
-    def put(self, window: StagedWindow, slot: Slot) -> None:
-        self._slots[id(window)] = slot
-        self._queue.put(window)
+    def put(self, window: StagedWindow, slot: Slot) -> bool:
+        """Hand a window and its slot over. False when the writer is gone: the slot stays the caller's."""
+        with self._mutex:
+            if self.writer_done:
+                return False
+            self._slots[id(window)] = slot
+            self._queue.put(window)
+            return True
 
     def end(self) -> None:
         """No further windows."""
@@ -53,14 +60,16 @@ class WindowQueue:
 
     def release(self, pool: SlotPool, window: StagedWindow) -> None:
         """Hand the slot of a window back; its memory is invalid from here on."""
-        slot = self._slots.pop(id(window), None)
+        with self._mutex:
+            slot = self._slots.pop(id(window), None)
         if slot is not None:
             window.memory.release()
             pool.release(slot)
 
     def release_all(self, pool: SlotPool) -> None:
-        """Hand back everything, also what was never taken."""
-        self.writer_failed = True
+        """The writer ends, done or failed: hand back everything, also what was never taken."""
+        with self._mutex:
+            self.writer_done = True
         while not self._queue.empty():
             item = self._queue.get()
             if isinstance(item, StagedWindow):
@@ -95,36 +104,44 @@ def stage_windows(
 ) -> None:
     """Copy a captured state into slots, window after window. Blocks; when it returns all is staged.
 
+    The caller then ends ``output``, or abandons it when this raised.
+
     Args:
         first: a slot already acquired; owned by ``output`` from the first ``put`` on.
         timeout_s: for each further slot, which the writer must free.
         mark: writes the slot's header.
 
     Raises:
-        SaveFailedError: kind ``busy`` when no slot came free in time.
+        SaveFailedError: kind ``staging_timeout`` when no slot came free in time, ``writer_failed`` when the writer gave
+            up meanwhile and has reported why.
     """
     slot: Slot | None = first
     try:
         for base, chunks in windows(captured.plan, plan.size_bytes):
+            if slot is None and not output.writer_done:
+                slot = pool.acquire(plan, table_bytes(captured), timeout_s)
+            if output.writer_done:
+                raise _writer_failed()
             if slot is None:
-                slot = None if output.writer_failed else pool.acquire(plan, table_bytes(captured), timeout_s)
-            if slot is None or output.writer_failed:
                 raise SaveFailedError(
-                    "the writer did not free host memory in time"
-                    if not output.writer_failed
-                    else "the writer failed while the state was being staged",
-                    kind="busy",
+                    f"the writer did not free host memory within {timeout_s} s; "
+                    "use a faster disk or raise host_memory_bytes",
+                    kind="staging_timeout",
                 )
             slot.touch(devices.for_pinning())
             end = chunks[-1].address + chunks[-1].size_bytes
             stage(captured.sources, slot.payload(), base, end, devices)
             mark(slot)
-            output.put(StagedWindow(base, chunks, slot.memory), slot)
+            if not output.put(StagedWindow(base, chunks, slot.memory), slot):
+                raise _writer_failed()
             slot = None
     finally:
         if slot is not None:
             pool.release(slot)
-    output.end()
+
+
+def _writer_failed() -> SaveFailedError:
+    return SaveFailedError("the writer failed while the state was being staged", kind="writer_failed")
 
 
 __all__ = ["STAGED", "WindowQueue", "slot_plan", "stage_windows", "table_bytes"]

@@ -191,7 +191,7 @@ def read_locator(store: Store, content: Manifest) -> Locator:
 
 def locator_generations(store: Store, snapshot: str) -> list[int]:
     """Generations that exist. They are numbered without gaps, so this needs no listing."""
-    generations = []
+    generations: list[int] = []
     while store.size(layout.locator(snapshot, len(generations))) is not None:
         generations.append(len(generations))
     return generations

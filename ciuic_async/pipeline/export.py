@@ -33,7 +33,8 @@ def export(state: Any, path: Path, snapshot: Described) -> Path:
     """
     if path.suffix != ".safetensors":
         raise UsageError(
-            f"{path}: unknown export format {path.suffix!r}; use a name that ends in .safetensors", kind="unknown_format"
+            f"{path}: unknown export format {path.suffix!r}; use a name that ends in .safetensors",
+            kind="unknown_format",
         )
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}

@@ -44,7 +44,7 @@ def is_live(log: Log, snapshot: str) -> bool:
 
 
 def resolve_ref(log: Log, ref: str) -> Line:
-    """What a ref means: ``latest``, ``latest~2``, ``step:1200``, ``best:loss``, a tag, a snapshot id or a unique prefix.
+    """What a ref means: ``latest``, ``latest~2``, ``step:1200``, ``best:loss``, a tag, an id or a unique prefix.
 
     Raises:
         UsageError: not a ref.

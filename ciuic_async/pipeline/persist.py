@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -27,6 +26,7 @@ from ciuic_async.handoffs import CapturePlan, EncodedChunk, PlannedChunk, Staged
 from ciuic_async.options import WRITE
 from ciuic_async.pipeline.commit import CommitTarget, commit, publish_rewritten
 from ciuic_async.pipeline.history import is_live
+from ciuic_async.pipeline.workers import OrderedWorkers
 from ciuic_async.segments.reader import SegmentReader
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.version import ENGINE
@@ -50,7 +50,7 @@ class SaveRequest:
     step: int | None = None
     epoch: entries.Position = None
     batch: entries.Position = None
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
     metrics: tuple[tuple[str, str], ...] = ()
     tags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
@@ -91,13 +91,11 @@ class Persister:
         self._chain = chain
         self._codec = codec
         self._run = run
-        self._pool: ThreadPoolExecutor | None = None
+        self._workers = OrderedWorkers(WRITE.encode_threads, "ciuic-encode", lower_priority)
 
     def close(self) -> None:
         """Stop the encoding threads. Idempotent."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        self._workers.close()
 
     def persist(
         self,
@@ -180,36 +178,13 @@ class Persister:
             encoded = None if chunk_digest in known else self._codec.encode(raw, chunk_digest, chunk.item_size_bytes)
             return chunk, chunk_digest, encoded
 
-        if WRITE.encode_threads == 1:
-            yield from map(work, window.chunks)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(WRITE.encode_threads, "ciuic-encode", initializer=lower_priority)
-        ahead: deque[Future[tuple[PlannedChunk, bytes, EncodedChunk | None]]] = deque()
-        try:
-            for chunk in window.chunks:
-                ahead.append(self._pool.submit(work, chunk))
-                if len(ahead) > 2 * WRITE.encode_threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:  # they read the window's memory: none may run on when the slot is given back
-                if not future.cancel():
-                    with suppress(BaseException):
-                        future.result()
+        yield from self._workers.map(work, window.chunks)
 
 
 def lower_priority() -> None:
     """Run the calling thread at low CPU priority: training comes first. On Linux niceness belongs to threads."""
     with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, _thread_id(), WRITE.niceness)
-
-
-def _thread_id() -> int:
-    import threading
-
-    return threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITE.niceness)
 
 
 def _manifest(request: SaveRequest, digests: list[bytearray]) -> Manifest:

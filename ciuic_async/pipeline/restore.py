@@ -1,7 +1,7 @@
 """From a resolved snapshot back to values: whole trees (``load_tree``) or live training objects (``restore_objects``).
 
-The mirror image of saving: read -> decode -> check digest -> place -> inflate. Fitting is checked for everything before the
-first byte is placed; model tensors are filled in place, other objects get their state one at a time.
+The mirror image of saving: read -> decode -> check digest -> place -> inflate. Fitting is checked for everything before
+the first byte is placed; model tensors are filled in place, other objects get their state one at a time.
 """
 
 from __future__ import annotations
@@ -160,10 +160,15 @@ def _nothing_matches(only: Sequence[str] | None) -> NotFoundError:
 
 @dataclass(slots=True)
 class _Fit:
-    """What will happen to one name: saved names to live ones, and model tensors that are filled in place."""
+    """What will happen to one name: saved names to live ones, and model tensors that are filled in place.
+
+    ``fits``: it can be loaded at all. ``by_name``: a module, whose entries are paired one by one.
+    """
 
     name: str
     tree: Tree
+    fits: bool = True
+    by_name: bool = False
     names: dict[str, str] = field(default_factory=dict)
     in_place: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)
 
@@ -198,7 +203,10 @@ def restore_objects(
     saved = _saved_trees(resolved.manifest)
     problems = [f"{name}: not in the snapshot" for name in state if name not in saved]
     problems += [f"{name}: in the snapshot, but not in the state to restore" for name in saved if name not in state]
-    fits = [_fit(name, saved[name], state[name], resolved.manifest, problems) for name in state if name in saved]
+    owners: dict[int, int] = {}
+    fits = [
+        _fit(name, saved[name], state[name], resolved.manifest, problems, owners) for name in state if name in saved
+    ]
     if problems and strict:
         listed = "\n  ".join(problems[:50]) + (f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else "")
         raise TargetMismatchError(
@@ -219,39 +227,91 @@ def _saved_trees(manifest: Manifest) -> dict[str, Tree]:
     return {str(decode_plain(tree.key)): tree for tree in manifest.trees if tree.section == SECTION_STATE}
 
 
-def _fit(name: str, tree: Tree, target: Any, manifest: Manifest, problems: list[str]) -> _Fit:
-    """Compare one name with its live object without changing anything."""
+def _fit(name: str, tree: Tree, target: Any, manifest: Manifest, problems: list[str], owners: dict[int, int]) -> _Fit:
+    """Compare one name with its live object without changing anything.
+
+    Args:
+        problems: differences are added here.
+        owners: which stored tensor fills the live memory at an address; shared by all names.
+    """
     fit = _Fit(name, tree)
+    if isinstance(target, torch.optim.Optimizer):
+        found = _optimizer_problems(name, tree.node, target)
+        problems += found
+        fit.fits = not found
     if not isinstance(target, torch.nn.Module):
         return fit
     items = _state_dict_items(tree.node)
     live = training.live_tensors(target)
     if items is None or live is None:
         return fit
-    live_names = list(target.state_dict())
-    fit.names = training.match_names(list(items), live_names)
+    current = target.state_dict()
+    fit.by_name = True
+    fit.names = training.match_names(list(items), list(current))
     paired = set(fit.names.values())
-    problems += [f"{name}.{key}: missing in the snapshot" for key in live_names if key not in paired]
+    problems += [f"{name}.{key}: missing in the snapshot" for key in current if key not in paired]
     problems += [f"{name}.{key}: unexpected, the model has no such entry" for key in items if key not in fit.names]
     for key, node in items.items():
-        target_name = fit.names.get(key)
-        if target_name not in live or not isinstance(node, dict) or "tensor" not in node:
+        if key not in fit.names or key.rpartition(".")[2] == "_extra_state":  # what a module says of itself: any value
             continue
-        tensor = live[target_name]
-        index, view, _, _ = tensor_node(node, manifest.tensors, f"{name}.{key}")
-        stored = manifest.tensors[index]
-        dtype, shape = (stored.dtype, stored.shape) if view is None else (view[0], view[1])
-        if tuple(tensor.shape) != shape:
-            problems.append(f"{name}.{key}: shape {list(shape)} in the snapshot, {list(tensor.shape)} in the model")
-            fit.names.pop(key)
-        elif tensor.dtype != DTYPES[dtype]:
-            problems.append(
-                f"{name}.{key}: dtype {dtype} in the snapshot, {str(tensor.dtype).removeprefix('torch.')} in the model"
-            )
-            fit.names.pop(key)
-        elif view is None and tensor.is_contiguous() and stored.size_bytes and tensor.device.type in ("cpu", "cuda"):
-            fit.in_place[key] = (index, tensor)
+        path = f"{name}.{key}"
+        tensor = current[fit.names[key]]
+        problem = _tensor_problem(path, node, tensor, manifest)
+        if problem is None and fit.names[key] in live:
+            index, view, _, _ = tensor_node(node, manifest.tensors, path)
+            in_place = view is None and tensor.is_contiguous() and tensor.device.type in ("cpu", "cuda")
+            if in_place and owners.setdefault(tensor.data_ptr(), index) != index:
+                problem = f"{path}: shares its memory with another entry in the model, but not in the snapshot"
+            elif in_place:
+                fit.in_place[key] = (index, live[fit.names[key]])
+        if problem is not None:
+            problems.append(problem)
+            del fit.names[key]
     return fit
+
+
+def _tensor_problem(path: str, node: Node, current: Any, manifest: Manifest) -> str | None:
+    """Why the saved ``node`` does not fit what a model has under that name now."""
+    saved = isinstance(node, dict) and "tensor" in node
+    if saved != isinstance(current, torch.Tensor):
+        return f"{path}: {'a' if saved else 'no'} tensor in the snapshot, {type(current).__qualname__} in the model"
+    if not saved or training.unmaterialized(current):
+        return None
+    index, view, _, _ = tensor_node(node, manifest.tensors, path)
+    stored = manifest.tensors[index]
+    dtype, shape = (stored.dtype, stored.shape) if view is None else (view[0], view[1])
+    if tuple(current.shape) != tuple(shape):
+        return f"{path}: shape {list(shape)} in the snapshot, {list(current.shape)} in the model"
+    if current.dtype != DTYPES[dtype]:
+        return f"{path}: dtype {dtype} in the snapshot, {str(current.dtype).removeprefix('torch.')} in the model"
+    return None
+
+
+def _optimizer_problems(name: str, node: Node, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Groups of parameters that differ in number: ``Optimizer.load_state_dict`` would refuse, after models changed."""
+    groups = _item(node, "param_groups")
+    if not isinstance(groups, list):
+        return []  # a layout of its own
+    if len(groups) != len(optimizer.param_groups):
+        return [
+            f"{name}: {len(groups)} parameter groups in the snapshot, {len(optimizer.param_groups)} in the optimizer"
+        ]
+    problems = []
+    for number, (group, live) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        saved = _item(group, "params")
+        if isinstance(saved, list) and len(saved) != len(live["params"]):
+            problems.append(
+                f"{name}.param_groups.{number}: {len(saved)} parameters in the snapshot, "
+                f"{len(live['params'])} in the optimizer"
+            )
+    return problems
+
+
+def _item(node: Node, key: str) -> Node:
+    """One item of a dict's node; None when it is no dict or has no such item."""
+    pairs = node.get("dict") if isinstance(node, dict) else None
+    found = (item[1] for item in pairs or () if isinstance(item, list) and len(item) == 2 and item[0] == key)
+    return next(found, None)
 
 
 def _state_dict_items(node: Node) -> dict[str, Node] | None:
@@ -272,7 +332,7 @@ def _place_models(store: Store, resolved: Resolved, fits: Sequence[_Fit], listen
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     for fit in fits:
         for index, tensor in fit.in_place.values():
-            start = tensor.storage_offset() * tensor.element_size()
+            start = int(tensor.storage_offset()) * tensor.element_size()
             flat = flat_bytes(tensor, start, start + tensor.numel() * tensor.element_size())
             first = targets.setdefault(index, flat)
             if first.data_ptr() != flat.data_ptr():
@@ -293,8 +353,10 @@ def _load_rest(
 ) -> None:
     """Everything that was not filled in place, through ``load_state_dict`` or by value."""
     target = state[fit.name]
+    if not fit.fits:
+        return
     loader = TensorLoader(store, resolved, "cpu", True, listener)
-    if not fit.names:
+    if not fit.by_name:
         value = loader.inflate([fit.tree.node], fit.name)[0]
         if not training.is_stateful(target):
             _replace(state, fit.name, training.merge_plain(target, value))

@@ -1,7 +1,7 @@
 """Retention in two steps: a ``prune`` entry is claimed (the decision, in history), then files go (the sweep).
 
-Nothing is deleted that a claimed prune entry does not name, but for orphans: files of snapshots that never became part of
-history, once they are a day old by the store's clock. A segment stays as long as the locator of any living snapshot
+Nothing is deleted that a claimed prune entry does not name, but for orphans: files of snapshots that never became part
+of history, once they are a day old by the store's clock. A segment stays as long as the locator of any living snapshot
 refers to it, whoever wrote it.
 """
 

@@ -28,7 +28,9 @@ class KeepLatest:
 
     def __post_init__(self) -> None:
         if type(self.count) is not int or self.count < 1:
-            raise UsageError(f"KeepLatest({self.count!r}): keep at least 1 snapshot; nothing would be left to resume from")
+            raise UsageError(
+                f"KeepLatest({self.count!r}): keep at least 1 snapshot; nothing would be left to resume from"
+            )
 
     def keep(self, snapshots: Sequence[SnapshotEntry]) -> set[str]:
         return {entry.snapshot for entry in snapshots[-self.count :]}

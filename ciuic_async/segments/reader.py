@@ -1,6 +1,6 @@
 """Chunks back from segments, and checks of whole segments. What is read is hostile until a digest says otherwise.
 
-Stages do not import each other, with this one exception (pyproject.toml, import-linter): the default decoder.
+Stages do not import each other, with one exception: the default decoder, which a caller can replace.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SegmentReader:
             A view of this thread's buffers: valid until the next call on the same thread.
 
         Raises:
-            IntegrityError: ``where`` is the segment. Kinds: ``missing_segment``, ``truncated``, ``bad_segment``,
+            IntegrityError: ``where`` is the segment. Kinds: ``missing``, ``truncated``, ``bad_segment``,
                 ``checksum_mismatch``, ``wrong_record``, ``bad_payload``, ``digest_mismatch``.
             FormatVersionError, StoreError.
         """
@@ -141,7 +141,7 @@ def scan_segment(store: Store, path: str) -> list[tuple[RecordHeader, int]]:
     looks like a record: whoever uses a record checks its chunk's digest, as always.
 
     Raises:
-        IntegrityError: kind ``missing_segment``.
+        IntegrityError: kind ``missing``.
     """
     size = store.size(path)
     if size is None:
@@ -290,7 +290,7 @@ def _parse_header(data: memoryview, offset_bytes: int, path: str) -> RecordHeade
 
 
 def _missing(path: str) -> IntegrityError:
-    return IntegrityError(f"{path}: the segment is missing", kind="missing_segment", where=path)
+    return IntegrityError(f"{path}: the segment is missing", kind="missing", where=path)
 
 
 def _bad(path: str, message: str, kind: str = "bad_segment") -> IntegrityError:

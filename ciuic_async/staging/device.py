@@ -89,20 +89,20 @@ class CudaDevice:
     def copy(self, copies: Sequence[Copy]) -> Pending:
         with torch.cuda.device(self._device):
             if self._stream is None:
-                self._stream = torch.cuda.Stream()
-            ready = torch.cuda.Event()
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream())
             self._stream.wait_event(ready)
             with torch.cuda.stream(self._stream):
                 for target, source in copies:
                     for part_target, part_source in _within_pinned_ranges(target, source):
                         part_target.copy_(part_source, non_blocking=True)
-                done = torch.cuda.Event()
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record(self._stream)
         return _CudaPending(done, copies)
 
     def pin(self, memory: torch.Tensor) -> None:
-        runtime = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         for start in range(0, memory.numel(), STAGING.pin_range_bytes):
             size = min(STAGING.pin_range_bytes, memory.numel() - start)
             error = runtime.cudaHostRegister(memory.data_ptr() + start, size, 0)
@@ -110,12 +110,13 @@ class CudaDevice:
                 for undo in range(0, start, STAGING.pin_range_bytes):
                     runtime.cudaHostUnregister(memory.data_ptr() + undo)
                 raise StoreError(
-                    f"cannot pin {memory.numel()} bytes of host memory: {error}; raise ulimit -l or lower host_memory_bytes",
+                    f"cannot pin {memory.numel()} bytes of host memory: {error}; "
+                    "raise ulimit -l or lower host_memory_bytes",
                     kind="pin_failed",
                 )
 
     def unpin(self, memory: torch.Tensor) -> None:
-        runtime = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         for start in range(0, memory.numel(), STAGING.pin_range_bytes):
             runtime.cudaHostUnregister(memory.data_ptr() + start)
 
@@ -128,7 +129,7 @@ def _within_pinned_ranges(target: torch.Tensor, source: torch.Tensor) -> list[Co
     parts = []
     done = 0
     while done < target.numel():
-        place = target.storage_offset() + done
+        place = int(target.storage_offset()) + done
         size = min(target.numel() - done, STAGING.pin_range_bytes - place % STAGING.pin_range_bytes)
         parts.append((target[done : done + size], source[done : done + size]))
         done += size
@@ -149,6 +150,6 @@ class Devices:
 
     def for_pinning(self) -> Device:
         """The device whose driver page-locks host memory: CUDA where it is in use."""
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return self.of(torch.device("cuda", torch.cuda.current_device()))
         return self._by_name["cpu"]

@@ -2,7 +2,8 @@
 
 Saving a file, top to bottom (``begin``, ``_publish``): a temporary name in ``tmp/``, write, fsync, ``link`` to its
 name (which fails if the name exists: create-once), unlink the temporary name, fsync the folder. No step is repeated
-after a failed fsync: Linux reports a write-back error once and then forgets it.
+after a failed fsync: Linux reports a write-back error once and then forgets it. A failed fsync has a kind of its own,
+``fsync_failed``: a name that can be read back may be gone after a loss of power.
 
 Every path is walked one component at a time with O_NOFOLLOW, relative to the descriptor of the chain's folder: a
 symbolic link inside a chain is refused, and renaming the chain's folder while it is open does no harm.
@@ -51,6 +52,8 @@ class LocalStore:
         self._path = Path(os.path.abspath(folder))
         self._root: int | None = None
         self._root_lock = threading.Lock()
+        self._durable_folders: set[str] = set()
+        """Folders found there whose own names are known to be on stable storage."""
 
     @property
     def url(self) -> str:
@@ -69,11 +72,6 @@ class LocalStore:
                 layout.TEMPORARY,
             ):
                 os.close(self._folder(name, create=True))
-            root = self._folder("")
-            try:
-                os.fsync(root)
-            finally:
-                os.close(root)
             for folder in dict.fromkeys([self._path.parent, *(folder.parent for folder in missing)]):
                 _fsync_path(folder)  # the names of folders that were made on the way
 
@@ -272,8 +270,7 @@ class LocalStore:
         folders: dict[str, int] = {}
         try:
             for file in files:
-                with self._errors(file.name, writing=True):
-                    os.fsync(file.fileno())
+                self._fsync(file.fileno(), file.name)
             for file in files:
                 folder_name, _, base = file.name.rpartition("/")
                 try:
@@ -284,8 +281,7 @@ class LocalStore:
                 except FileExistsError:
                     raise CommitConflictError(f"{self._where(file.name)}: exists already", where=file.name) from None
             for folder_name, folder in folders.items():
-                with self._errors(folder_name, writing=True):
-                    os.fsync(folder)
+                self._fsync(folder, folder_name)
         finally:
             for folder in folders.values():
                 os.close(folder)
@@ -300,24 +296,38 @@ class LocalStore:
             return os.dup(self._root)
 
     def _folder(self, name: str, *, create: bool = False) -> int:
-        """A new descriptor of a folder below the root, no link followed on the way."""
+        """A new descriptor of a folder below the root, no link followed on the way.
+
+        With ``create`` the names of all folders on the way are durable on return, before anything is put into them. That
+        goes for those that are there already: who made them may have died before the fsync.
+        """
         parts = check_name(name).split("/") if name else []
         current = self._open_root()
         try:
-            for part in parts:
+            for depth, part in enumerate(parts):
+                path = "/".join(parts[: depth + 1])
                 try:
                     following = _open_folder(part, current)
+                    made = False
                 except FileNotFoundError:
                     if not create:
                         raise
                     with suppress(FileExistsError):
                         os.mkdir(part, dir_fd=current)
-                    os.fsync(current)  # the new folder's name is durable before anything is put into it
                     following = _open_folder(part, current)
+                    made = True
+                if create and (made or path not in self._durable_folders):
+                    try:
+                        self._fsync(current, path)
+                    except StoreError:
+                        os.close(following)
+                        raise
+                    if not made:  # a folder that is made is mostly a snapshot's: used once, not worth remembering
+                        self._durable_folders.add(path)
                 os.close(current)
                 current = following
             return current
-        except OSError:
+        except (OSError, StoreError):
             os.close(current)
             raise
 
@@ -354,6 +364,19 @@ class LocalStore:
                 os.rmdir(base, dir_fd=parent)
         finally:
             os.close(parent)
+
+    def _fsync(self, descriptor: int, name: str) -> None:
+        """fsync, never repeated. Raises StoreError, kind ``fsync_failed``, whatever the system's reason."""
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            number = error.errno or 0
+            raise StoreError(
+                f"{self._where(name)}: fsync failed, what was written may be lost: {os.strerror(number)} "
+                f"({_ADVICE.get(number, 'check the disk and the folder')})",
+                kind="fsync_failed",
+                where=name,
+            ) from error
 
     def _where(self, name: str) -> str:
         return str(self._path / name) if name else str(self._path)
@@ -416,7 +439,8 @@ class _LocalFile:
             os.rename(self._temporary, base, src_dir_fd=self._folder, dst_dir_fd=folder)
         else:
             os.link(self._temporary, base, src_dir_fd=self._folder, dst_dir_fd=folder, follow_symlinks=False)
-            os.unlink(self._temporary, dir_fd=self._folder)
+            with suppress(OSError):  # it has its name; a temporary name that stays is swept one day
+                os.unlink(self._temporary, dir_fd=self._folder)
         self._close()
 
     def discard(self) -> None:

@@ -20,7 +20,7 @@ LIMIT_BYTES = 16 << 20
 
 _SLOT_FILE = "ciuic.dev/slot-file/v1"
 _SLOT_HEADER = re.compile(rb"ciuic\.dev/slot-file/v1 (0|[1-9][0-9]{0,8}) (0|[1-9][0-9]{0,8})\n")
-_SLOT_VERSION = re.compile(rb"ciuic\.dev/slot-file/v(?!1 )[0-9]{1,4} ")
+_SLOT_VERSION = re.compile(rb"ciuic\.dev/slot-file/v(?:[2-9]|[1-9][0-9]{1,3}) ")
 
 
 @dataclass(frozen=True, slots=True)

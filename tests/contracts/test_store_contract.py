@@ -112,9 +112,7 @@ def test_create_once_under_a_race_of_threads(store: Store, open_store: Open) -> 
     for number in range(rounds):
         start = threading.Barrier(writers)
 
-        def attempt(
-            writer: int, number: int = number, start: threading.Barrier = start
-        ) -> bytes | None:
+        def attempt(writer: int, number: int = number, start: threading.Barrier = start) -> bytes | None:
             mine = b"writer %d" % writer
             start.wait()
             try:

@@ -65,20 +65,22 @@ def segment_file() -> tuple[bytes, list[segment.IndexEntry]]:
 def snapshot_manifest() -> manifest.Manifest:
     whole = manifest.Shard((0, 0), (8, 8), 4 << 20, digest(WEIGHT))
     halves = tuple(manifest.Shard((8 * n,), (8,), 4 << 20, digest(HALVES[n])) for n in (0, 1))
+    bias = manifest.Shard((0,), (6,), pack=(0, 0))
+    scale = manifest.Shard((), (), pack=(0, 32))
+    model = [["weight", {"tensor": 0, "parameter": True}], ["bias", {"tensor": 1}], ["scale", {"tensor": 2}]]
     return manifest.Manifest(
         snapshot=SNAPSHOT,
         top="dict",
         trees=(
-            manifest.Tree("state", "model", {"ordered_dict": [["weight", {"tensor": 0, "parameter": True}],
-                                                              ["bias", {"tensor": 1}], ["scale", {"tensor": 2}]]}),
+            manifest.Tree("state", "model", {"ordered_dict": model}),
             manifest.Tree("state", "note", ["ünïcödé 𝄞", {"float": "3ff8000000000000"}, {"int": "-0x20000000000000"}]),
             manifest.Tree("rng", "python", {"tensor": 3}),
-        ),  # fmt: skip
+        ),
         packs=(manifest.Pack(4, len(PACK), digest(PACK)),),
         tensors=(
             manifest.StoredTensor(("model", "weight"), "float32", (8, 8), "cpu", (whole,)),
-            manifest.StoredTensor(("model", "bias"), "float32", (6,), "cpu", (manifest.Shard((0,), (6,), pack=(0, 0)),)),
-            manifest.StoredTensor(("model", "scale"), "float32", (), "cuda:0", (manifest.Shard((), (), pack=(0, 32)),)),
+            manifest.StoredTensor(("model", "bias"), "float32", (6,), "cpu", (bias,)),
+            manifest.StoredTensor(("model", "scale"), "float32", (), "cuda:0", (scale,)),
             manifest.StoredTensor(("python", 0), "int64", (16,), "cpu", halves),
         ),
         progress=manifest.Progress(step=1200, epoch=3, batch={"tuple": [1, "two"]}),

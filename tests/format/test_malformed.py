@@ -1,4 +1,4 @@
-"""The table of lies: malformed bytes on the left, the kind of the error on the right (docs/format.md, sections 1 to 6)."""
+"""The table of lies: malformed bytes left, the kind of the error right (docs/format.md, sections 1 to 6)."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def drop(*path: str | int) -> Edit:
 
 def check_refused(read: Callable[[], object], kind: str) -> None:
     """``read`` fails quickly with the right kind of the right class, and names a place."""
-    begin = time.monotonic()
+    begin = time.thread_time()
     with pytest.raises(CiuicError) as caught:
         read()
-    assert time.monotonic() - begin < QUICKLY_S
+    assert time.thread_time() - begin < QUICKLY_S
     assert caught.value.kind == kind, str(caught.value)
     upgrade = kind in ("format_version", "unknown_feature", "unknown_dtype", "unknown_codec", "unknown_encryption")
     assert isinstance(caught.value, FormatVersionError if upgrade else IntegrityError)
@@ -135,7 +135,7 @@ REFERENCE = {"path": PART, "sha256": "00" * 32, "size": 1}
         (put("parts", 0, "path", value="/etc/passwd"), "bad_name"),
         (put("parts", 0, "path", value=f"manifests/{SNAPSHOT}/00.json"), "bad_name"),
         (put("parts", 0, "path", value=f"manifests/{SNAPSHOT}/0.json\n"), "bad_name"),
-        (put("parts", 0, "path", value=f"manifests/{SNAPSHOT}/٠.json"), "bad_name"),
+        (put("parts", 0, "path", value=f"manifests/{SNAPSHOT}/\u0660.json"), "bad_name"),
         (put("parts", 0, "path", value="ciuic.json"), "bad_name"),
         (put("parts", 0, "size", value=-1), "malformed"),
         (put("parts", 0, "sha256", value="00" * 31), "malformed"),
@@ -248,7 +248,7 @@ def test_manifest_part(edit: Edit, kind: str) -> None:
     """Every field of a part is checked by itself: sizes, shapes, shards and packs, whatever the root says."""
     root = manifest.decode_root(FILES[ROOT], SNAPSHOT)
     check_refused(lambda: manifest.assemble(root, [edited(PART, edit)]), kind)
-    with pytest.raises(CiuicError, match="^(?!.*chunk tree)"):  # each lie is seen where it stands
+    with pytest.raises(CiuicError, match=r"^(?!.*chunk tree)"):  # each lie is seen where it stands
         manifest.assemble(root, [edited(PART, edit)])
 
 

@@ -51,8 +51,10 @@ def _sorted(value: Any) -> Any:
 @given(
     st.recursive(
         st.none() | st.booleans() | SAFE | TEXT,
-        lambda inner: st.lists(inner, max_size=5)
-        | st.dictionaries(st.text(st.characters(max_codepoint=0xD7FF), max_size=10), inner, max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=5)
+            | st.dictionaries(st.text(st.characters(max_codepoint=0xD7FF), max_size=10), inner, max_size=5)
+        ),
     )
 )
 def test_json_equals_rfc_8785(value: Any) -> None:
@@ -66,9 +68,10 @@ def test_json_accepts_only_what_it_writes(data: bytes) -> None:
     try:
         value = jsontext.decode(data, what="x", limit_bytes=LIMIT)
     except IntegrityError as error:
-        assert error.kind in ("json_syntax", "json_not_canonical")
+        outcome = error.kind
     else:
-        assert jsontext.encode(value) == data
+        outcome = "read" if jsontext.encode(value) == data else "read, but written otherwise"
+    assert outcome in ("read", "json_syntax", "json_not_canonical")
 
 
 @given(JSON, st.floats() | st.integers(min_value=2**53) | st.integers(max_value=-(2**53)) | st.just("\udc80"))
@@ -183,11 +186,12 @@ def test_layout_tile_examples() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "", "/", "ciuic.json\n", "./ciuic.json", "CIUIC.JSON", "ciuic.json/", "x/ciuic.json", "log", "log/checkpoint.tmp",
+        "", "/", "ciuic.json\n", "./ciuic.json", "CIUIC.JSON", "ciuic.json/", "x/ciuic.json", "log",
+        "log/checkpoint.tmp",
         "segments/0123456789abcdef012/0-0.seg", "segments/0123456789ABCDEF0123/0-0.seg",
         "segments/0123456789abcdef0123/00-0.seg", "segments/0123456789abcdef0123/0-1000000000.seg",
         "segments/0123456789abcdef0123/0-0.seg\n", "segments/0123456789abcdef0123/../x/0-0.seg",
-        "segments/0123456789abcdef0123/-1-0.seg", "segments/0123456789abcdef0123/0-٠.seg",
+        "segments/0123456789abcdef0123/-1-0.seg", "segments/0123456789abcdef0123/0-\u0660.seg",
         "manifests/0123456789abcdef0123/root", "manifests/0123456789abcdef0123/01.json",
         "locators/0123456789abcdef0123.json", "locators/0123456789abcdef0123.00.json",
         "log/commit/0", "log/commit/000000000000000000000", "log/commit/-0000000000000000001",
@@ -312,9 +316,7 @@ def test_locator(made: manifest.Manifest, data: st.DataObject) -> None:
     assert back.encode() == encoded
 
 
-COMMONS = st.builds(
-    entry.Common, IDS, st.floats(0, 4e9).map(entry.timestamp), TEXT, st.just("ciuic_async/0.1.0")
-)
+COMMONS = st.builds(entry.Common, IDS, st.floats(0, 4e9).map(entry.timestamp), TEXT, st.just("ciuic_async/0.1.0"))
 REAL = st.floats().map(repr)
 POSITIONS = st.none() | SAFE | TEXT
 
@@ -376,9 +378,10 @@ def _headers(draw: st.DrawFn) -> segment.RecordHeader:
     parameter = draw(st.integers(-(2**31), 2**31 - 1))
     if draw(st.booleans()):
         return segment.RecordHeader(segment.CODEC_RAW, raw, raw, draw(DIGESTS), item, parameter=parameter)
+    raw_planes = draw(st.lists(st.booleans(), min_size=item, max_size=item))
     directory = tuple(
-        (segment.PLANE_RAW, plane_size) if draw(st.booleans()) else (segment.PLANE_ZSTD, draw(st.integers(0, plane_size)))
-        for _ in range(item)
+        (segment.PLANE_RAW, plane_size) if is_raw else (segment.PLANE_ZSTD, draw(st.integers(0, plane_size)))
+        for is_raw in raw_planes
     )
     stored = sum(size for _, size in directory)
     return segment.RecordHeader(segment.CODEC_PLANES, raw, stored, draw(DIGESTS), item, directory, parameter)

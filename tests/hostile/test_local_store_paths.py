@@ -17,7 +17,7 @@ from ciuic_async.stores.local import LocalStore
 
 A = "a" * 20
 NAME = layout.segment(A, 0, 0)
-QUICKLY_S = 1.0
+QUICKLY_S = 10.0  # of waiting, on however busy a machine: what blocks, blocks for ever
 
 
 @pytest.fixture
@@ -130,9 +130,10 @@ def test_device(store: LocalStore) -> None:
     except PermissionError:
         pytest.skip("making a device needs privileges")
     try:
-        verify_refused(store, NAME, "not_a_file")
-    except StoreError as error:  # a file system mounted nodev says no before we do
-        assert error.kind == "eacces"
+        open(path_of(store), "rb").close()
+    except PermissionError:
+        pytest.skip("devices cannot be opened on this file system")
+    verify_refused(store, NAME, "not_a_file")
 
 
 def test_folder_where_a_file_is_expected(store: LocalStore) -> None:
@@ -166,7 +167,7 @@ def test_unpublished_files_cannot_be_asked_for(store: LocalStore) -> None:
 def test_folders_without_end(store: LocalStore) -> None:
     """Folders nested beyond any reason end a listing with a typed error, not with a full stack."""
     here = os.open(path_of(store, "segments"), os.O_RDONLY)
-    for _ in range(1500):
+    for _ in range(1100):
         os.mkdir("d", dir_fd=here)
         following = os.open("d", os.O_RDONLY, dir_fd=here)
         os.close(here)

@@ -135,9 +135,7 @@ def test_links_that_loop_or_lead_nowhere_folders_and_pipes_are_refused(tmp_path:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_home_that_cannot_be_written_gives_a_key_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_home_that_cannot_be_written_gives_a_key_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the user's file cannot be made there is a warning and a key; an explicit path there is an error."""
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
@@ -155,9 +153,7 @@ def test_racing_processes_end_with_one_key(tmp_path: Path) -> None:
         "print(keys.load_or_create(sys.argv[1], chain_folder=None).vkey('n'))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "keys" / "key")]
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
-    ]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     answers = {process.communicate("x")[0] for process in started}
     assert len(answers) == 1
     assert answers == {keys.load_or_create(tmp_path / "keys" / "key", chain_folder=None).vkey("n") + "\n"}

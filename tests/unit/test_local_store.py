@@ -73,9 +73,8 @@ def test_publish_syncs_files_before_names_and_folders_after(folder: Path, tmp_pa
     assert outcome == "published"
     links = [(number, call) for number, call in enumerate(calls) if "linkat(" in call]
     assert len(links) == len(NAMES)
-    synced = {
-        match[1]: number for number, call in enumerate(calls) if (match := re.search(r"fsync\(\d+<(.*?)>\)\s+= 0", call))
-    }
+    done = re.compile(r"fsync\(\d+<(.*?)>\)\s+= 0")
+    synced = {match[1]: number for number, call in enumerate(calls) if (match := done.search(call))}
     files = [path for path in synced if "/tmp/" in path.removeprefix(str(folder.parent))]
     assert len(files) == len(NAMES)
     assert all(synced[path] < links[0][0] for path in files)
@@ -123,7 +122,7 @@ def test_initialize_syncs_every_folder_it_makes(tmp_path: Path) -> None:
 def test_a_failed_fsync_is_final(folder: Path, tmp_path: Path) -> None:
     """After EIO from fsync the file is dropped: no second fsync on it, no name for it, nothing left in tmp/."""
     outcome, calls = _strace(folder, tmp_path / "log", "fsync,linkat", "-e", "inject=fsync:error=EIO:when=1")
-    assert outcome == f"StoreError eio {NAMES[0]}"
+    assert outcome == f"StoreError fsync_failed {NAMES[0]}"
     assert len([call for call in calls if "fsync(" in call]) == 1
     assert not [call for call in calls if "linkat(" in call]
     assert list(LocalStore(folder).list()) == []
@@ -133,10 +132,8 @@ def test_a_failed_fsync_is_final(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("failing", [3, 5, 7])
 def test_a_failed_fsync_anywhere_leaves_whole_files_or_none(folder: Path, tmp_path: Path, failing: int) -> None:
     """Whichever fsync of a publish fails, of a file or a folder: a StoreError, and each name is whole or absent."""
-    outcome, calls = _strace(
-        folder, tmp_path / "log", "fsync,linkat", "-e", f"inject=fsync:error=EIO:when={failing}"
-    )
-    assert outcome.startswith("StoreError eio ")
+    outcome, calls = _strace(folder, tmp_path / "log", "fsync,linkat", "-e", f"inject=fsync:error=EIO:when={failing}")
+    assert outcome.startswith("StoreError fsync_failed ")
     failed = next(number for number, call in enumerate(calls) if "(INJECTED)" in call)
     target = re.search(r"fsync\((\d+<.*?>)\)", calls[failed])
     assert target
@@ -348,9 +345,7 @@ def test_descriptors_do_not_reach_other_programs(folder: Path) -> None:
     file = store.begin(layout.slot(0))
     script = "import os, json; print(json.dumps([os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')\
  if os.path.exists(f'/proc/self/fd/{n}')]))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, close_fds=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, close_fds=False)
     assert not [target for target in json.loads(done.stdout) if str(folder) in target]
     file.discard()
 

@@ -11,8 +11,10 @@ from ciuic_async.format import merkle
 from ciuic_async.transparency import proof
 
 # The test tree of the certificate-transparency projects (transparency-dev/merkle, testonly/constants.go).
-LEAVES = [bytes.fromhex(text) for text in
-          ("", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")]  # fmt: skip
+LEAVES = [
+    bytes.fromhex(text)
+    for text in ("", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")
+]
 ROOT_OF_8 = "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
 CONSISTENCY_6_8 = [
     "0ebc5d3437fbe2db158b9f126a1d118e308181031d0a949f8dededebc558ef6a",
@@ -34,7 +36,7 @@ def test_published_vectors() -> None:
 
 
 def test_every_proof_of_small_trees_holds_and_no_changed_one_does() -> None:
-    """For all sizes to 33: every proof made is accepted; with another leaf, root, size or one hash changed it is not."""
+    """For all sizes to 33: every proof made is accepted; with another leaf, root or one hash changed it is not."""
     hashes = [merkle.leaf_hash(bytes([number])) for number in range(33)]
     subtree = subtree_of(hashes)
     other = merkle.leaf_hash(b"other")

@@ -235,9 +235,13 @@ class _FullStore(LocalStore):
 def test_full_disk_says_so(tmp_path: Path) -> None:
     """ENOSPC arrives as StoreError kind enospc with what to do."""
     writer = SegmentWriter(_FullStore(tmp_path), SNAPSHOT)
-    with pytest.raises(StoreError, match="full") as caught:
+
+    def fill() -> None:
         for number in range(100):
             writer.append(_chunk(bytes([number]) * (1 << 20)))
+
+    with pytest.raises(StoreError, match="full") as caught:
+        fill()
     assert caught.value.kind == "enospc"
     assert caught.value.where == layout.segment(SNAPSHOT, 0, 0)
     writer.abort()

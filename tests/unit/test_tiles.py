@@ -59,7 +59,7 @@ def test_bundles_round_trip(entries: list[bytes]) -> None:
 
 
 def test_malformed_bundles_and_tiles_are_refused() -> None:
-    """Cut, overlong or miscounted bundles and tiles are IntegrityErrors; an entry beyond 65535 bytes cannot be coded."""
+    """Cut, overlong or miscounted bundles and tiles are IntegrityErrors; 65536 bytes in one entry cannot be coded."""
     data = tiles.encode_bundle([b"abc", b"de"])
     for end in range(1, len(data)):
         with pytest.raises(IntegrityError):

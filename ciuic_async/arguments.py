@@ -1,0 +1,92 @@
+"""What users hand over, checked: every wrong argument is refused with what was expected and found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+from ciuic_async.errors import UsageError
+from ciuic_async.format.entry import MAX_METRICS, Position
+from ciuic_async.format.jsontext import MAX_SAFE_INTEGER
+
+
+def refuse_unbuilt(
+    overhead_budget: float | None,
+    staging: str,
+    frozen: Sequence[str],
+    preemption: bool,
+    keeper: bool,
+    mtbf_s: float | None,
+) -> None:
+    """Options of the stable API whose part is not built yet: better an error than a promise that is not kept."""
+    unbuilt = {
+        "overhead_budget": overhead_budget is not None,
+        "staging='overlap'": staging == "overlap",
+        "frozen": bool(frozen),
+        "preemption": preemption,
+        "keeper": keeper,
+        "mtbf_s": mtbf_s is not None,
+    }
+    for name, asked in unbuilt.items():
+        if asked:
+            raise UsageError(f"{name} is not available in this version; leave it out", kind="not_available")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def check_state(state: Mapping[str, Any]) -> MutableMapping[str, Any]:
+    """The state mapping, or a copy of it where it cannot change."""
+    if not isinstance(state, Mapping) or not state:
+        raise UsageError("state: expected a mapping of names to objects, e.g. {'model': model, 'optimizer': optimizer}")
+    for name in state:
+        if type(name) is not str or not name:
+            raise UsageError(f"state: names are texts, found {name!r}")
+    return state if isinstance(state, MutableMapping) else dict(state)
+
+
+def check_tags(tags: Sequence[str]) -> tuple[str, ...]:
+    """Tags as they are recorded. Raises UsageError."""
+    if isinstance(tags, str):
+        raise UsageError(f"tags={tags!r}: expected a list of tags, found one text")
+    for tag in tags:
+        if type(tag) is not str or not tag or len(tag) > 200 or not tag.isprintable():
+            raise UsageError(f"tag {tag!r}: expected 1 to 200 printable characters")
+    return tuple(tags)
+
+
+def check_metrics(metrics: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
+    """Metrics as (name, shortest decimal that reads back to the same number), sorted."""
+    if not metrics:
+        return ()
+    result = []
+    for name, value in metrics.items():
+        if type(name) is not str or not name or len(name) > 200 or not name.isprintable():
+            raise UsageError(f"metric {name!r}: expected a name of 1 to 200 printable characters")
+        try:
+            number = float(
+                value.detach() if hasattr(value, "detach") else value
+            )  # torch warns of tensors with gradients
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise UsageError(f"metric {name!r}: expected a number, found {type(value).__name__}: {error}") from None
+        result.append((name, repr(int(number)) if _is_small_integer(value, number) else repr(number)))
+    if len(result) > MAX_METRICS:
+        raise UsageError(f"{len(result)} metrics, at most {MAX_METRICS} can be recorded with a snapshot")
+    return tuple(sorted(result))
+
+
+def _is_small_integer(value: Any, number: float) -> bool:
+    return isinstance(value, int) and math.isfinite(number) and abs(number) <= MAX_SAFE_INTEGER
+
+
+def position(value: Any) -> Position:
+    """Epoch or batch for the log entry, where only integers and short texts fit; the manifest has it verbatim."""
+    if type(value) is int and abs(value) <= MAX_SAFE_INTEGER:
+        return value
+    if type(value) is str and len(value) <= 1000 and value.isprintable():
+        return value
+    return None

@@ -1,0 +1,153 @@
+"""The writer thread of a checkpointer: staged snapshots become durable, one after the other, in order.
+
+It never touches a training tensor and never raises into anybody's loop: failures go to the pending snapshot and the
+log.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+
+from ciuic_async.chain import Snapshot, SnapshotChain
+from ciuic_async.errors import CiuicError, InternalError
+from ciuic_async.events import Event, Listener, SnapshotStats, logger, notify
+from ciuic_async.pending import PendingSnapshot
+from ciuic_async.pipeline.capture_stage import WindowQueue
+from ciuic_async.pipeline.history import Line
+from ciuic_async.pipeline.persist import Parent, Persisted, Persister, SaveRequest, lower_priority
+from ciuic_async.retention.policy import Policy
+from ciuic_async.staging.slots import SlotPool
+
+STATS_KEPT = 10_000
+"""Statistics of the newest snapshots; bounded, for runs are long."""
+
+
+@dataclass(slots=True)
+class Job:
+    """A snapshot for the writer. ``stats`` are complete when its windows end."""
+
+    request: SaveRequest
+    windows: WindowQueue
+    pending: PendingSnapshot
+    stats: SnapshotStats
+
+
+class BackgroundWriter:
+    """Owns the thread ``ciuic-writer``, which starts with the first job and ends with ``close``.
+
+    Args:
+        chain: where snapshots go.
+        persister: closed with this object.
+        pool: whose slots the jobs' windows lie in; slots go back to it.
+        keep: retention after every snapshot, or None.
+    """
+
+    def __init__(
+        self,
+        chain: SnapshotChain,
+        persister: Persister,
+        pool: SlotPool,
+        keep: Policy | None,
+        listener: Listener | None,
+    ) -> None:
+        self._chain = chain
+        self._persister = persister
+        self._pool = pool
+        self._keep = keep
+        self._listener = listener
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._stats: deque[SnapshotStats] = deque(maxlen=STATS_KEPT)
+        self._mutex = threading.Lock()
+        self.parent: Parent | None = None
+        """What the next snapshot comes from. Set by a restore, while nothing is on its way; else by the writer."""
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; the number of slots bounds the queue."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="ciuic-writer", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def stats(self) -> list[SnapshotStats]:
+        """Figures of finished snapshots, in order of their completion."""
+        with self._mutex:
+            return list(self._stats)
+
+    def close(self) -> None:
+        """Finish all jobs, then end the threads. Idempotent."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+        self._persister.close()
+
+    def _run(self) -> None:
+        lower_priority()
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._write(job)
+            except CiuicError as error:
+                self._failed(job, error)
+            except BaseException as error:
+                failure = InternalError(f"writing failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                self._failed(job, failure)
+            del job  # while waiting for the next one nothing of this one is kept alive
+
+    def _write(self, job: Job) -> None:
+        started = time.perf_counter()
+        try:
+            persisted = self._persister.persist(
+                replace(job.request, parent=self.parent),
+                job.windows,
+                lambda window: job.windows.release(self._pool, window),
+                keeps_memory=job.windows.whole,
+            )
+        finally:
+            job.windows.release_all(self._pool)
+        self.parent = persisted.as_parent()
+        self._durable(job, persisted, time.perf_counter() - started)
+        if self._keep is not None:
+            self._prune(self._keep)
+
+    def _durable(self, job: Job, persisted: Persisted, seconds: float) -> None:
+        entry = persisted.entry
+        stats = replace(
+            job.stats,
+            persist_s=seconds,
+            raw_bytes=entry.raw_bytes,
+            stored_bytes=entry.stored_bytes,
+            deduplicated_bytes=persisted.deduplicated_bytes,
+        )
+        with self._mutex:
+            self._stats.append(stats)
+        logger.info(
+            "snapshot %s durable: step %s, %.1f MB (%.1f MB stored), %.2f s after it was staged",
+            entry.snapshot,
+            entry.step,
+            entry.raw_bytes / 1e6,
+            entry.stored_bytes / 1e6,
+            seconds,
+        )
+        notify(self._listener, Event("commit", entry.snapshot, entry.stored_bytes, seconds))
+        job.pending.durable(Snapshot(self._chain, Line(persisted.index, entry, persisted.leaf_hash)))
+
+    def _failed(self, job: Job, error: CiuicError) -> None:
+        logger.error("snapshot of step %s failed: %s", job.request.step, error)
+        with self._mutex:
+            self._stats.append(job.stats)
+        job.pending.failed(error)
+
+    def _prune(self, policy: Policy) -> None:
+        """Retention after a snapshot is durable; its failure is no failure of the snapshot."""
+        try:
+            self._chain.prune(policy)
+        except CiuicError as error:
+            logger.error("retention (%s) failed, nothing good was deleted: %s", policy.describe(), error)
+        except Exception:
+            logger.exception("retention (%s) failed, nothing good was deleted", policy.describe())
