@@ -30,6 +30,8 @@ from ciuic_async.errors import InternalError, UsageError
 
 SILENCE_LIMIT_S = 300.0
 """A child that reports nothing for this long is given up: the slowest step measured takes a second."""
+BUSY_RATIO = 1.3
+"""If training alone varies by this factor from round to round, so does everything that is compared to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Scale:
 
 
 FULL = Scale("small", steps=60, every_steps=5, table=("--size", "large"))
-QUICK = Scale("tiny", steps=30, every_steps=3, table=("--size", "tiny", "--steps", "32", "--rounds", "2", "--alone"))
+QUICK = Scale("tiny", steps=30, every_steps=3, table=("--size", "tiny", "--rounds", "3", "--alone"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +257,7 @@ def measure(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
 
 def compare(expected: dict[str, str], found: dict[str, str]) -> dict[str, bool]:
     """Part for part, whether two runs ended with the same bits."""
-    return {name: expected.get(name) == found.get(name) for name in sorted({*expected, *found})}
+    return {name: expected.get(name) == found.get(name) for name in {**expected, **found}}
 
 
 def demonstrate(scale: Scale, kill_count: int, folder: Path, chain_folder: Path) -> dict[str, Any]:
@@ -320,9 +322,10 @@ def render(facts: dict[str, Any]) -> str:
 
 def render_table(table: dict[str, Any]) -> list[str]:
     """Stall and lost time of every contender."""
+    threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
     lines = [
-        f"Cost of a snapshot: {megabytes(table['state_bytes'])} of state, steps of {milliseconds(table['step_s'])}, "
-        f"a snapshot every {table['every_steps']} steps, {table['rounds']} rounds",
+        f"Cost of a snapshot: {megabytes(table['state_bytes'])} of state, training with {threads} in steps of "
+        f"{milliseconds(table['step_s'])}, a snapshot every {table['every_steps']} steps, {table['rounds']} rounds",
         "",
         f"{'':<20}{'stall':>10}{'lost time':>12}{'(min to max)':>22}{'stored':>12}",
     ]
@@ -332,12 +335,17 @@ def render_table(table: dict[str, Any]) -> list[str]:
             f"{name:<20}{milliseconds(one['stall_s']):>10}{milliseconds(one['lost_s_per_snapshot']):>12}{spread:>22}"
             f"{megabytes(one['stored_bytes']):>12}"
         )
-    return [
-        *lines,
+    lines += [
         "",
         "stall: the call that saves, median. lost time: how much longer training took for each snapshot until all",
-        "were durable, median of the rounds against the same steps without snapshots. All of them fsync.",
+        "were durable, median of the rounds against as many steps without snapshots. All of them fsync.",
     ]
+    if table["step_s_max"] > BUSY_RATIO * table["step_s_min"]:
+        lines.append(
+            f"This machine is busy with other work: without snapshots a step took {milliseconds(table['step_s_min'])} "
+            f"to {milliseconds(table['step_s_max'])}.\nThe figures above say little."
+        )
+    return lines
 
 
 def milliseconds(seconds: float) -> str:

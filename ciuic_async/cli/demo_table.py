@@ -211,15 +211,31 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def step_time_s(training: Training, threads: int) -> float:
+    """The best of three steps with this many threads, after one that starts them."""
+    torch.set_num_threads(threads)
+    training.update()
+    times_s = []
+    for _ in range(3):
+        begin_s = time.perf_counter()
+        training.update()
+        times_s.append(time.perf_counter() - begin_s)
+    return min(times_s)
+
+
 def measure(
     names: Sequence[str], size_name: str, schedule: Schedule, rounds: int, limit_s: float, folder: Path
 ) -> dict[str, Any]:
-    """All contenders in ``rounds`` rounds, or fewer (at least two) once ``limit_s`` is over."""
+    """All contenders in ``rounds`` rounds, or fewer (at least two) once ``limit_s`` seconds are over.
+
+    Training uses one or two threads, whichever is faster at the moment: two leave no core to background work, which is
+    the hardest case for it, but on a machine that is busy otherwise they would wait for each other most of the time.
+    """
+    begin_s = time.perf_counter()
     measured = {name: Measured() for name in names}
     training = Training(SIZES[size_name], steps=100_000)
-    for _ in range(3):  # the first steps allocate
-        training.update()
-    begin_s = time.perf_counter()
+    threads = min((1, 2), key=lambda number: step_time_s(training, number))
+    torch.set_num_threads(threads)
     done = 0
     while done < rounds and (done < 2 or time.perf_counter() - begin_s < limit_s):
         turn = done % len(names)
@@ -227,7 +243,7 @@ def measure(
             run_once(name, training, folder / f"{done}-{names.index(name)}", schedule, measured[name])
         done += 1
         print(f"  round {done} of {rounds}", file=sys.stderr, flush=True)
-    return summarize(measured, schedule, tensor_bytes(training))
+    return {"state_bytes": tensor_bytes(training), "threads": threads, **summarize(measured, schedule)}
 
 
 def tensor_bytes(training: Training) -> int:
@@ -236,7 +252,7 @@ def tensor_bytes(training: Training) -> int:
     return sum(tensor.nbytes for tensor in [*training.model.parameters(), *moments])
 
 
-def summarize(measured: dict[str, Measured], schedule: Schedule, state_bytes: int) -> dict[str, Any]:
+def summarize(measured: dict[str, Measured], schedule: Schedule) -> dict[str, Any]:
     """Medians and extremes; ``lost_s`` compares each round with the same round of "none"."""
     base_s = measured["none"].wall_s
     contenders = {}
@@ -253,8 +269,9 @@ def summarize(measured: dict[str, Measured], schedule: Schedule, state_bytes: in
             "stored_bytes": one.stored_bytes,
         }
     return {
-        "state_bytes": state_bytes,
         "step_s": statistics.median(base_s) / schedule.steps,
+        "step_s_min": min(base_s) / schedule.steps,
+        "step_s_max": max(base_s) / schedule.steps,
         "steps": schedule.steps,
         "every_steps": schedule.every_steps,
         "rounds": len(base_s),
@@ -266,10 +283,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="python -m ciuic_async.cli.demo_table", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="an existing folder for what the contenders write")
     parser.add_argument("--size", choices=sorted(SIZES), default="large")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8, help="of one contender in one round")
     parser.add_argument("--every", type=int, default=4, metavar="STEPS")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=70.0, metavar="SECONDS", help="start no round after this time")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=70.0, metavar="SECONDS", help="start no round later than this")
     parser.add_argument("--alone", action="store_true", help="this engine only, without opponents")
     return parser.parse_args(arguments)
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ciuic_async.cli import demo, demo_table, demo_training
-from ciuic_async.cli.demo import Child, Life, compare, exit_status, plan_kills, render
+from ciuic_async.cli.demo import Child, Life, compare, exit_status, plan_kills, render, render_table
 from ciuic_async.cli.demo_table import Measured, Schedule, summarize
 from ciuic_async.cli.demo_training import SIZES, ShuffledWindows, Training, digest, digests, read_text
 from ciuic_async.errors import UsageError
@@ -220,8 +220,8 @@ def test_lost_time_is_the_difference_to_the_same_round_per_snapshot() -> None:
     schedule = Schedule(steps=8, every_steps=4)
     assert schedule.due == {2, 6}
     measured = {"none": Measured([8.0, 10.0, 9.0]), "x": Measured([8.2, 11.0, 9.4], [0.1, 0.3, 0.2], 5)}
-    table = summarize(measured, schedule, state_bytes=7)
-    assert table["step_s"] == 9.0 / 8
+    table = summarize(measured, schedule)
+    assert (table["step_s_min"], table["step_s"], table["step_s_max"]) == (1.0, 9.0 / 8, 10.0 / 8)
     assert table["rounds"] == 3
     assert table["contenders"]["x"] == pytest.approx(
         {"stall_s": 0.2, "lost_s_per_snapshot": 0.2, "lost_s_min": 0.1, "lost_s_max": 0.5, "stored_bytes": 5}
@@ -268,7 +268,10 @@ def facts(**changed: Any) -> dict[str, Any]:
         "killed_in_write": 1,
         "measured": {
             "state_bytes": 129_000_000,
+            "threads": 2,
             "step_s": 0.2,
+            "step_s_min": 0.19,
+            "step_s_max": 0.21,
             "every_steps": 4,
             "rounds": 3,
             "contenders": {"ciuic-async": one, "torch.save + fsync": one},
@@ -285,6 +288,13 @@ def test_the_verdict_is_the_last_line_and_names_what_differs() -> None:
     assert "\x1b" not in text
     different = render(facts(compared={"parameters": True, "loss_curve": False}))
     assert different.splitlines()[-1] == "NOT IDENTICAL: the interrupted run differs in loss curve."
+
+
+def test_a_busy_machine_is_said_to_be_busy() -> None:
+    """Figures from a run whose baseline wobbles come with a warning, others without."""
+    table = facts()["measured"]
+    assert not any("busy" in line for line in render_table(table))
+    assert any("busy" in line for line in render_table({**table, "step_s_max": 0.4}))
 
 
 def test_runs_are_equal_only_if_every_part_is() -> None:
