@@ -2,7 +2,8 @@
 
 Whatever has ``state_dict`` and ``load_state_dict`` takes part (models, optimizers, schedulers, scalers, averaged
 models, stateful loaders); everything else must be a plain state tree. Parameters and buffers that share storage with
-the live module are filled in place; what a ``state_dict`` merely copied goes through ``load_state_dict``, as its owner expects.
+the live module are filled in place; what a ``state_dict`` merely copied goes through ``load_state_dict``, as its owner
+expects.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from ciuic_async.errors import NotFoundError, UsageError
-from ciuic_async.format.entry import Entry, PruneEntry, SnapshotEntry
+from ciuic_async.format.entry import PruneEntry, SnapshotEntry
 from ciuic_async.transparency.log import Log
 
 _ANCESTOR = re.compile(r"(.*)~([0-9]{1,6})")
@@ -33,9 +35,37 @@ def newest_first(log: Log) -> Iterator[Line]:
             yield Line(index, entry, log.leaf_hash(index))
 
 
+@dataclass(slots=True)
+class _Index:
+    """What was read of a log so far. A log only grows, so each entry is read once in the life of its object."""
+
+    size: int = 0
+    living: dict[str, Line] = field(default_factory=dict)
+    names: dict[bytes, str] = field(default_factory=dict)
+
+
+_indexes: WeakKeyDictionary[Log, _Index] = WeakKeyDictionary()
+_mutex = threading.Lock()
+
+
+def _index(log: Log) -> _Index:
+    with _mutex:
+        index = _indexes.setdefault(log, _Index())
+        for number, entry in log.entries(index.size):
+            if isinstance(entry, SnapshotEntry):
+                line = Line(number, entry, log.leaf_hash(number))
+                index.living[entry.snapshot] = line
+                index.names[line.leaf_hash] = entry.snapshot
+            elif isinstance(entry, PruneEntry):
+                for snapshot in entry.snapshots:
+                    index.living.pop(snapshot, None)
+            index.size = number + 1
+        return index
+
+
 def live_snapshots(log: Log) -> list[Line]:
-    """Snapshots that are not pruned, oldest first."""
-    return list(newest_first(log))[::-1]
+    """Snapshots that are not pruned, oldest first. Reads the whole log once, later only what is new."""
+    return list(_index(log).living.values())
 
 
 def is_live(log: Log, snapshot: str) -> bool:
@@ -122,11 +152,4 @@ def _not_found(log: Log, ref: str) -> NotFoundError:
 
 def parents(log: Log) -> dict[bytes, str]:
     """Snapshot id of every snapshot entry by its leaf hash, pruned ones included."""
-    return {log.leaf_hash(index): entry.snapshot for index, entry in _snapshots(log)}
-
-
-def _snapshots(log: Log) -> Iterator[tuple[int, SnapshotEntry]]:
-    entries: Iterator[tuple[int, Entry]] = log.entries()
-    for index, entry in entries:
-        if isinstance(entry, SnapshotEntry):
-            yield index, entry
+    return dict(_index(log).names)

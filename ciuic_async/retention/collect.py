@@ -16,7 +16,7 @@ from ciuic_async.format import layout
 from ciuic_async.format.entry import Common, PruneEntry, SnapshotEntry
 from ciuic_async.options import RETENTION
 from ciuic_async.pipeline.commit import CommitTarget, resolve
-from ciuic_async.pipeline.history import live_snapshots
+from ciuic_async.pipeline.history import live_snapshots, parents
 from ciuic_async.retention.policy import Policy
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency.log import Log
@@ -83,7 +83,7 @@ def _garbage(
     files = [file for folder in (layout.SEGMENTS, layout.MANIFESTS, layout.LOCATORS) for file in store.list(folder)]
     now = None if orphan_age_s is None else store.now_s()
     log.refresh()
-    claimed = {entry.snapshot for _, entry in log.entries() if isinstance(entry, SnapshotEntry)}
+    claimed = set(parents(log).values())
     living = [line.entry for line in live_snapshots(log) if line.entry.snapshot not in also_pruned]
     living_ids = {entry.snapshot for entry in living}
     candidates = {}

@@ -71,7 +71,7 @@ class LocalStore:
                 layout.TILES,
                 layout.TEMPORARY,
             ):
-                os.close(self._folder(name, create=True))
+                _close(self._folder(name, create=True))
             for folder in dict.fromkeys([self._path.parent, *(folder.parent for folder in missing)]):
                 _fsync_path(folder)  # the names of folders that were made on the way
 
@@ -98,7 +98,7 @@ class LocalStore:
                         )
                 return b"".join(pieces)
             finally:
-                os.close(descriptor)
+                _close(descriptor)
 
     def read_into(self, name: str, offset_bytes: int, buffer: memoryview) -> None:
         buffer = buffer.cast("B")
@@ -117,13 +117,13 @@ class LocalStore:
                         )
                     done += count
             finally:
-                os.close(descriptor)
+                _close(descriptor)
 
     def size(self, name: str) -> int | None:
         try:
             with self._errors(name):
                 descriptor, size = self._open_file(name)
-                os.close(descriptor)
+                _close(descriptor)
                 return size
         except NotFoundError:
             return None
@@ -149,7 +149,7 @@ class LocalStore:
                     with suppress(FileNotFoundError):  # deleted since: a listing is no consistent view
                         facts.append((entry.name, entry.stat(follow_symlinks=False)))
         finally:
-            os.close(folder)
+            _close(folder)
         # By whole name: a folder's files come where its name with the slash belongs.
         facts.sort(key=lambda fact: fact[0] + "/" * stat.S_ISDIR(fact[1].st_mode))
         for base, status in facts:
@@ -176,7 +176,7 @@ class LocalStore:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                 descriptor = os.open(temporary, flags, 0o666, dir_fd=folder)
             except OSError:
-                os.close(folder)
+                _close(folder)
                 raise
             return _LocalFile(self, name, folder, temporary, descriptor)
 
@@ -193,7 +193,7 @@ class LocalStore:
             try:
                 os.unlink(base, dir_fd=folder)
             finally:
-                os.close(folder)
+                _close(folder)
             self._remove_empty(folder_name)
 
     def sweep_unpublished(self, older_than_s: float) -> int:
@@ -208,7 +208,7 @@ class LocalStore:
                             os.unlink(base, dir_fd=folder)
                             removed += 1
             finally:
-                os.close(folder)
+                _close(folder)
         return removed
 
     def now_s(self) -> float:
@@ -220,10 +220,10 @@ class LocalStore:
                 try:
                     return os.fstat(descriptor).st_mtime
                 finally:
-                    os.close(descriptor)
+                    _close(descriptor)
                     os.unlink(name, dir_fd=folder)
             finally:
-                os.close(folder)
+                _close(folder)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -243,12 +243,12 @@ class LocalStore:
                     time.sleep(0.005)
             yield
         finally:
-            os.close(folder)
+            _close(folder)
 
     def close(self) -> None:
         with self._root_lock:
             if self._root is not None:
-                os.close(self._root)
+                _close(self._root)
                 self._root = None
 
     def __del__(self) -> None:
@@ -284,7 +284,7 @@ class LocalStore:
                 self._fsync(folder, folder_name)
         finally:
             for folder in folders.values():
-                os.close(folder)
+                _close(folder)
             for file in files:
                 file.discard()
 
@@ -298,8 +298,8 @@ class LocalStore:
     def _folder(self, name: str, *, create: bool = False) -> int:
         """A new descriptor of a folder below the root, no link followed on the way.
 
-        With ``create`` the names of all folders on the way are durable on return, before anything is put into them. That
-        goes for those that are there already: who made them may have died before the fsync.
+        With ``create`` the names of all folders on the way are durable on return, before anything is put into them.
+        That goes for those that are there already: who made them may have died before the fsync.
         """
         parts = check_name(name).split("/") if name else []
         current = self._open_root()
@@ -320,15 +320,15 @@ class LocalStore:
                     try:
                         self._fsync(current, path)
                     except StoreError:
-                        os.close(following)
+                        _close(following)
                         raise
                     if not made:  # a folder that is made is mostly a snapshot's: used once, not worth remembering
                         self._durable_folders.add(path)
-                os.close(current)
+                _close(current)
                 current = following
             return current
         except (OSError, StoreError):
-            os.close(current)
+            _close(current)
             raise
 
     def _open_file(self, name: str) -> tuple[int, int]:
@@ -346,11 +346,14 @@ class LocalStore:
                 ) from error
             raise
         finally:
-            os.close(folder)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise IntegrityError(f"{self._where(name)}: not a regular file", kind="not_a_file", where=name)
+            _close(folder)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise IntegrityError(f"{self._where(name)}: not a regular file", kind="not_a_file", where=name)
+        except (OSError, IntegrityError):
+            _close(descriptor)
+            raise
         return descriptor, status.st_size
 
     def _remove_empty(self, folder_name: str) -> None:
@@ -363,7 +366,7 @@ class LocalStore:
             with suppress(OSError):
                 os.rmdir(base, dir_fd=parent)
         finally:
-            os.close(parent)
+            _close(parent)
 
     def _fsync(self, descriptor: int, name: str) -> None:
         """fsync, never repeated. Raises StoreError, kind ``fsync_failed``, whatever the system's reason."""
@@ -453,9 +456,8 @@ class _LocalFile:
     def _close(self) -> None:
         if self._open:
             self._open = False
-            for descriptor in (self._descriptor, self._folder):
-                with suppress(OSError):  # fsync has spoken: what close adds changes nothing
-                    os.close(descriptor)
+            _close(self._descriptor)
+            _close(self._folder)
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -472,6 +474,12 @@ def _open_folder(part: str, parent: int) -> int:
         raise
 
 
+def _close(descriptor: int) -> None:
+    """Close; fsync has spoken and what was read is at hand: an error of close changes nothing."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
 def _fsync_path(path: Path) -> None:
     """Best effort for a folder above the chain, which may not be ours to open."""
     with suppress(OSError):
@@ -479,4 +487,4 @@ def _fsync_path(path: Path) -> None:
         try:
             os.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            _close(descriptor)
