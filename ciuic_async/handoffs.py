@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from ciuic_async.format.digest import Buffer
 from ciuic_async.format.locator import ChunkLocation, SegmentReference
@@ -16,6 +17,7 @@ from ciuic_async.format.segment import RecordHeader
 __all__ = [
     "CapturePlan",
     "ChunkLocation",
+    "Decoder",
     "EncodedChunk",
     "PlannedChunk",
     "PlannedTensor",
@@ -111,3 +113,14 @@ class EncodedChunk:
 
     header: RecordHeader
     payload: tuple[Buffer, ...]
+
+
+class Decoder(Protocol):
+    """The way back, chosen by ``header.codec``."""
+
+    def __call__(self, header: RecordHeader, payload: Buffer, out: memoryview) -> None:
+        """Fill ``out`` (``header.raw_size_bytes`` long, writable) or raise ``IntegrityError`` (kind ``bad_payload``).
+
+        ``header`` has passed ``parse_record_header``; ``payload`` is hostile. What is decoded is not yet trusted: the
+        caller checks the digest.
+        """

@@ -19,6 +19,7 @@ from ciuic_async.format.chain_file import ChainFile
 from ciuic_async.format.entry import Entry, KeyEntry, PruneEntry, SnapshotEntry
 from ciuic_async.format.locator import Locator, SegmentReference
 from ciuic_async.format.manifest import Manifest, dotted
+from ciuic_async.pipeline.chunks import chunk_reader
 from ciuic_async.pipeline.commit import locator_generations, read_manifest
 from ciuic_async.segments.reader import SegmentReader, check_segment
 from ciuic_async.stores.base import Store
@@ -223,7 +224,7 @@ def _check_chunks(
             walk.checked.add(segment.path)
             if walk.attempt(lambda segment=segment: _check_whole(walk.store, segment), snapshot=entry.snapshot):  # type: ignore[misc]
                 walk.checked_bytes += segment.size_bytes
-    reader = SegmentReader(walk.store)
+    reader = chunk_reader(walk.store)
     for chunk, place in where.chunks.items():
         walk.attempt(
             lambda chunk=chunk, place=place: _read(reader, chunk, distinct[chunk], place),  # type: ignore[misc]

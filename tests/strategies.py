@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from ciuic_async.capture.tensors import empty
 from ciuic_async.format.dtypes import ITEM_SIZE_BYTES
 
 
@@ -125,7 +126,7 @@ def arrays() -> st.SearchStrategy[np.ndarray[Any, Any]]:
 
 
 def storage(size_bytes: int, seed: int) -> torch.Tensor:
-    """Random bytes; every byte is 0 or 1 in its lowest position only where a bool would need it, see ``typed``."""
+    """Random bytes as a tensor."""
     data = bytearray(np.random.default_rng(seed).bytes(size_bytes) or b"")
     return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
@@ -138,7 +139,7 @@ def typed(flat: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 @st.composite
-def lone_tensors(draw: st.DrawFn) -> torch.Tensor:
+def lone_tensors(draw: st.DrawFn) -> State:
     """A tensor that is alone on its storage, in any memory layout."""
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
@@ -159,11 +160,11 @@ def lone_tensors(draw: st.DrawFn) -> torch.Tensor:
         tensor = flat[3 : 3 + count].view(shape)
     elif layout == "unfolded":
         tensor = flat.as_strided((count + 1, 2), (1, 1), 1)
-    return _as_leaf(draw, tensor, dtype)
+    return State(_as_leaf(draw, tensor, dtype))
 
 
 @st.composite
-def families(draw: st.DrawFn) -> list[torch.Tensor]:
+def families(draw: st.DrawFn) -> State:
     """Tensors that look into one storage: overlapping, disjoint, of different dtypes, and the same twice."""
     size = draw(st.integers(64, 400))
     base = storage(size, draw(st.integers(0, 2**32)))
@@ -174,12 +175,10 @@ def families(draw: st.DrawFn) -> list[torch.Tensor]:
         item = ITEM_SIZE_BYTES[dtype]
         low = draw(st.integers(0, (size - item) // item)) * item
         high = low + draw(st.integers(1, (size - low) // item)) * item
-        view = base[low:high].view(torch.uint8)
-        view = torch.empty(0, dtype=DTYPES[dtype]).set_(  # type: ignore[call-overload]
-            base.untyped_storage(), low // item, ((high - low) // item,), (1,)
-        )
+        view = empty((0,), DTYPES[dtype], "cpu")
+        view.set_(base.untyped_storage(), low // item, ((high - low) // item,), (1,))  # type: ignore[call-overload]
         members.append(_as_leaf(draw, view[:: draw(st.integers(1, 2))], dtype))
-    return members
+    return State(members)
 
 
 def _as_leaf(draw: st.DrawFn, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -195,16 +194,26 @@ def _as_leaf(draw: st.DrawFn, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 # --- trees ------------------------------------------------------------------------------------------------------------
 
 
+class State:
+    """A drawn value. It prints as its fingerprint: torch cannot print tensors of every dtype."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"State({fingerprint(self.value)})"
+
+
 @st.composite
-def trees(draw: st.DrawFn) -> Any:
+def trees(draw: st.DrawFn) -> State:
     """A state tree. Leaves are drawn from a pool of tensors, so that some come twice and in different places."""
-    pool = draw(st.lists(lone_tensors(), max_size=3))
+    pool = [lone.value for lone in draw(st.lists(lone_tensors(), max_size=3))]
     for family in draw(st.lists(families(), max_size=2)):
-        pool += family
+        pool += family.value
     leaves = [scalars(), arrays(), st.binary(max_size=9).map(bytearray)]
     if pool:
-        leaves.append(st.sampled_from(pool))
-    return draw(st.recursive(st.one_of(leaves), _containers, max_leaves=12))
+        leaves.append(st.integers(0, len(pool) - 1).map(lambda number: pool[number]))
+    return State(draw(st.recursive(st.one_of(leaves), _containers, max_leaves=12)))
 
 
 def _containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:

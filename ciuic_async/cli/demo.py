@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from ciuic_async.chain import SnapshotChain
+from ciuic_async.cli import log
+from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json
 from ciuic_async.errors import InternalError, UsageError
 
 SILENCE_LIMIT_S = 300.0
@@ -95,7 +97,10 @@ class Life:
 
 
 class Child:
-    """A process whose report is read line by line, never waiting longer than told. Used by one thread."""
+    """A process whose report is read line by line, never waiting longer than told. Used by one thread.
+
+    A context manager: on leaving it the process is gone, whatever happened.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, bufsize=0)
@@ -132,14 +137,17 @@ class Child:
         self._process.send_signal(signal.SIGKILL)
 
     def end(self) -> int:
-        """Wait for its end and give everything back; its exit status, negative for a signal."""
-        try:
-            return self._process.wait(SILENCE_LIMIT_S)
-        finally:
-            self._process.kill()
-            self._process.wait()
-            self._selector.close()
-            self._output.close()
+        """Wait for its end; its exit status, negative for a signal."""
+        return self._process.wait(SILENCE_LIMIT_S)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._selector.close()
+        self._output.close()
 
 
 def plan_kills(count: int, steps: int, every_steps: int, random: random.Random) -> list[Kill]:
@@ -161,9 +169,28 @@ def plan_kills(count: int, steps: int, every_steps: int, random: random.Random) 
     return sorted([*kills, Kill(in_write, in_write=True)], key=lambda kill: kill.step)
 
 
-def live(child: Child, kill: Kill | None, watch: Watch) -> Life:
-    """Follow a child to its end, which is at ``kill`` if it comes to that."""
+def live(command: Sequence[str], kill: Kill | None, watch: Watch) -> Life:
+    """Start the training program and follow it to its end, which is at ``kill`` if it comes to that.
+
+    Raises:
+        InternalError: kind ``demo_child``; it failed, or reported nothing for ``SILENCE_LIMIT_S``.
+    """
     life = Life()
+    with Child(command) as child:
+        try:
+            follow(child, life, kill, watch)
+            status = child.end()
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            message = f"the training reported nothing for {SILENCE_LIMIT_S:.0f} s after step {life.step}"
+            raise InternalError(message, kind="demo_child") from error
+    life.killed = status == -signal.SIGKILL
+    if life.result is None and not (kill and life.killed):
+        raise InternalError(f"the training ended with status {status} after step {life.step}", kind="demo_child")
+    return life
+
+
+def follow(child: Child, life: Life, kill: Kill | None, watch: Watch) -> None:
+    """Read the child's report to the last line, and kill it when the time has come."""
     stepped_s = time.monotonic()
     step_s = 0.0
     while (line := child.next_line(SILENCE_LIMIT_S)) is not None:
@@ -171,18 +198,11 @@ def live(child: Child, kill: Kill | None, watch: Watch) -> Life:
         if kind == "step":
             step_s, stepped_s = time.monotonic() - stepped_s, time.monotonic()
             watch.step(life.step)
-        if kill is None or life.killed or kind not in ("step", "snapshot"):
-            continue
-        if kill.in_write != (kind == "snapshot") or life.step < kill.step:
-            continue
-        if not kill.in_write:
-            follow_for(child, kill.delay * step_s, life)
-        child.kill()
-        life.killed = True
-    status = child.end()
-    if status != 0 and not (life.killed and status == -signal.SIGKILL):
-        raise InternalError(f"the training ended with status {status} after step {life.step}", kind="demo_child")
-    return life
+        if kill is not None and life.step >= kill.step and kind == ("snapshot" if kill.in_write else "step"):
+            if not kill.in_write:
+                follow_for(child, kill.delay * step_s, life)
+            child.kill()
+            kill = None
 
 
 def follow_for(child: Child, seconds: float, life: Life) -> None:
@@ -216,10 +236,9 @@ def command(module: str, *arguments: str) -> list[str]:
 
 def run_uninterrupted(training: Sequence[str], watch: Watch) -> dict[str, Any]:
     """The run that the other is compared to; its result."""
-    life = live(Child(command("demo_training", *training)), None, watch)
-    if life.result is None:
-        raise InternalError("the uninterrupted training reported no result", kind="demo_child")
-    watch.say(f"  without snapshots   step {life.step}, loss {life.result['loss']:.4f}")
+    life = live(command("demo_training", *training), None, watch)
+    assert life.result is not None
+    watch.say(f"  uninterrupted, without snapshots: step {life.step}, loss {life.result['loss']:.4f}")
     return life.result
 
 
@@ -230,12 +249,12 @@ def run_killed(
     lives: list[Life] = []
     planned: list[Kill | None] = [*kills, None]
     for number, kill in enumerate(planned, start=1):
-        life = live(Child(command("demo_training", *training, "--chain", str(chain))), kill, watch)
+        life = live(command("demo_training", *training, "--chain", str(chain)), kill, watch)
         lives.append(life)
         watch.say(f"  run {number}   {describe(life)}")
         if life.result is not None:
             return life.result, lives
-    raise InternalError("the training that nobody killed reported no result", kind="demo_child")
+    raise AssertionError("a life without a planned kill ends with a result")
 
 
 def describe(life: Life) -> str:
@@ -270,11 +289,11 @@ def demonstrate(scale: Scale, kill_count: int, folder: Path, chain_folder: Path)
     found, lives = run_killed(training, chain_folder, kills, watch)
     equal = compare(expected["digests"], found["digests"])
 
-    chain = SnapshotChain(str(chain_folder), create=False)
-    snapshots = list(chain)
-    report = chain.verify()
+    with SnapshotChain(chain_folder, create=False) as chain:
+        snapshots = list(chain)
+        report = chain.verify()
     for problem in report.problems:
-        watch.say(f"  problem: {problem}")
+        watch.say(f"  problem: {problem.message}")
     watch.say("Measuring what a snapshot costs training")
     table = measure(scale.table, folder)
     mine = table["contenders"]["ciuic-async"]
@@ -305,8 +324,8 @@ def render(facts: dict[str, Any]) -> str:
     lines = [
         f"Snapshots      {facts['snapshots']} durable, {verified}",
         f"Kills          {facts['kills']} with SIGKILL, {facts['killed_in_write']} while a snapshot was being written",
-        f"Raw            {megabytes(facts['raw_bytes'])}",
-        f"Stored         {megabytes(facts['stored_bytes'])} ({ratio:.2f}x smaller)",
+        f"Raw            {human_bytes(facts['raw_bytes'])}",
+        f"Stored         {human_bytes(facts['stored_bytes'])} ({ratio:.2f}x smaller)",
         "",
         *render_table(facts["measured"]),
         "",
@@ -316,7 +335,8 @@ def render(facts: dict[str, Any]) -> str:
     if differing:
         lines.append(f"NOT IDENTICAL: the interrupted run differs in {', '.join(differing)}.")
     else:
-        lines.append(f"Identical: killed {facts['kills']} times, and bit for bit the uninterrupted run's {parts}.")
+        times = "1 time" if facts["kills"] == 1 else f"{facts['kills']} times"
+        lines.append(f"Identical: killed {times}, and bit for bit the uninterrupted run's {parts}.")
     return "\n".join(lines)
 
 
@@ -324,7 +344,7 @@ def render_table(table: dict[str, Any]) -> list[str]:
     """Stall and lost time of every contender."""
     threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
     lines = [
-        f"Cost of a snapshot: {megabytes(table['state_bytes'])} of state, training with {threads} in steps of "
+        f"Cost of a snapshot: {human_bytes(table['state_bytes'])} of state, training with {threads} in steps of "
         f"{milliseconds(table['step_s'])}, a snapshot every {table['every_steps']} steps, {table['rounds']} rounds",
         "",
         f"{'':<20}{'stall':>10}{'lost time':>12}{'(min to max)':>22}{'stored':>12}",
@@ -333,7 +353,7 @@ def render_table(table: dict[str, Any]) -> list[str]:
         spread = f"({milliseconds(one['lost_s_min'])} to {milliseconds(one['lost_s_max'])})"
         lines.append(
             f"{name:<20}{milliseconds(one['stall_s']):>10}{milliseconds(one['lost_s_per_snapshot']):>12}{spread:>22}"
-            f"{megabytes(one['stored_bytes']):>12}"
+            f"{human_bytes(one['stored_bytes']):>12}"
         )
     lines += [
         "",
@@ -352,29 +372,18 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms"
 
 
-def megabytes(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.1f} MB"
-
-
-def add_parser(subparsers: Any) -> None:
+def add_parser(commands: Subparsers) -> None:
     """Add ``demo`` to the command line."""
-    parser = subparsers.add_parser(
-        "demo",
-        help="train, be killed, resume, compare: the whole engine in two minutes",
-        description="Train a small GPT, kill it with SIGKILL at random moments, resume it, and compare it bit for bit "
-        "with an uninterrupted run. Exit status 1 if they differ.",
-    )
+    summary = "Train a small GPT, kill it at random moments, resume it, and compare it with an uninterrupted run."
+    parser = add_command(commands, "demo", run, summary, chain=False)
     parser.add_argument("--dir", type=Path, help="keep the chain in this folder (default: a temporary one, removed)")
     parser.add_argument("--kills", type=int, default=3, help="how often to kill it (default: 3)")
     parser.add_argument("--steps", type=int, help="training steps (default: 60, with --quick 30)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, and no opponents in the table")
-    if not any("--json" in action.option_strings for action in parser._actions):
-        parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0 if both runs ended bit-identical and the chain verifies, else 1."""
+    """Run the demo and print what came of it; see ``exit_status``."""
     scale = QUICK if args.quick else FULL
     steps = scale.steps if args.steps is None else args.steps
     if args.kills < 0 or steps < 1:
@@ -384,14 +393,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.dir} is not empty, and the demo starts a new chain: name another", where=str(args.dir))
     folder = Path(tempfile.mkdtemp(prefix="ciuic-demo-"))
     try:
-        chain = args.dir or folder / "chain"
+        chain = folder / "chain" if args.dir is None else args.dir
         facts = demonstrate(scale, args.kills, folder, chain)
         if args.json:
-            print(json.dumps(facts, indent=2))
+            print_json(facts)
         else:
-            print(render(facts))
-            if args.dir is not None:
-                print(f"\nThe chain is in {args.dir}: try `ciuic log {args.dir}`.")
+            log.run(argparse.Namespace(chain=chain, json=False, all=False, limit=None))
+            print(f"\n{render(facts)}")
     finally:
         shutil.rmtree(folder)
     return exit_status(facts)

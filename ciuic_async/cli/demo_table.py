@@ -286,7 +286,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--steps", type=int, default=8, help="of one contender in one round")
     parser.add_argument("--every", type=int, default=4, metavar="STEPS")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=70.0, metavar="SECONDS", help="start no round later than this")
+    parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="start no round later than this")
     parser.add_argument("--alone", action="store_true", help="this engine only, without opponents")
     return parser.parse_args(arguments)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ciuic_async.format.digest import Buffer
-from ciuic_async.format.segment import RecordHeader
 from ciuic_async.handoffs import EncodedChunk
 
 
@@ -25,15 +23,4 @@ class Codec(Protocol):
             raw: its bytes; only read, and not kept beyond the returned value's life.
             digest: BLAKE3-256 of ``raw``.
             item_size_bytes: of the elements; ``len(raw)`` is a multiple.
-        """
-
-
-class Decoder(Protocol):
-    """The way back, chosen by ``header.codec``."""
-
-    def __call__(self, header: RecordHeader, payload: Buffer, out: memoryview) -> None:
-        """Fill ``out`` (``header.raw_size_bytes`` long, writable) or raise ``IntegrityError`` (kind ``bad_payload``).
-
-        ``header`` has passed ``parse_record_header``; ``payload`` is hostile. What is decoded is not yet trusted: the
-        caller checks the digest.
         """

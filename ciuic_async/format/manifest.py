@@ -62,14 +62,23 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Mesh:
+    """The device mesh a distributed tensor was spread over: size and name of each dimension."""
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One storage. ``path`` is where it was first met in the state; ``shape`` is global."""
+    """One storage. ``path`` is where it was first met in the state; ``shape`` is global; ``mesh`` if distributed."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     device: str
     shards: tuple[Shard, ...]
+    mesh: Mesh | None = None
 
     @property
     def item_size_bytes(self) -> int:
@@ -265,13 +274,16 @@ def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
         else:
             item |= {"chunk_size_bytes": shard.chunk_size_bytes, "digests": shard.digests.hex()}
         shards.append(item)
-    return {
+    body: dict[str, Any] = {
         "path": list(tensor.path),
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
         "device": tensor.device,
         "shards": shards,
     }
+    if tensor.mesh is not None:
+        body["mesh"] = {"shape": list(tensor.mesh.shape), "names": list(tensor.mesh.names)}
+    return body
 
 
 def _reference(name: str, data: bytes) -> FileReference:
@@ -405,9 +417,18 @@ def _tensor(item: object, what: str) -> StoredTensor:
         raise malformed(where, f"shape {list(shape)[:8]} is too large")
     shards = tuple(_shard(shard, shape, item_size, where) for shard in fields.array("shards"))
     _check_cover(shape, shards, where)
-    tensor = StoredTensor(path, dtype, shape, fields.string("device"), shards)
+    mesh = _mesh(fields.object("mesh")) if "mesh" in fields else None
+    tensor = StoredTensor(path, dtype, shape, fields.string("device"), shards, mesh)
     fields.done()
     return tensor
+
+
+def _mesh(fields: Fields) -> Mesh:
+    mesh = Mesh(fields.integers("shape", low=1), fields.strings("names"))
+    if len(mesh.shape) != len(mesh.names) or len(mesh.shape) > MAX_DIMENSIONS:
+        raise malformed(fields.what, "a mesh has one name for each dimension")
+    fields.done()
+    return mesh
 
 
 def _shard(item: object, shape: tuple[int, ...], item_size: int, where: str) -> Shard:

@@ -24,10 +24,10 @@ from ciuic_async.format.locator import ChunkLocation, Locator
 from ciuic_async.format.manifest import Manifest, Pack, Progress, Shard, StoredTensor
 from ciuic_async.handoffs import CapturePlan, EncodedChunk, PlannedChunk, StagedWindow
 from ciuic_async.options import WRITE
+from ciuic_async.pipeline.chunks import chunk_reader
 from ciuic_async.pipeline.commit import CommitTarget, commit, publish_rewritten
 from ciuic_async.pipeline.history import is_live
 from ciuic_async.pipeline.workers import OrderedWorkers
-from ciuic_async.segments.reader import SegmentReader
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.version import ENGINE
 
@@ -260,7 +260,7 @@ class _Rewriter:
                 if left and (chunk_digest := digest(raw)) in left:
                     del left[chunk_digest]
                     yield chunk_digest, raw, chunk.item_size_bytes
-        reader = SegmentReader(self._target.store)
+        reader = chunk_reader(self._target.store)
         for chunk_digest, place in left.items():
             try:
                 raw = reader.read_chunk(chunk_digest, self._sizes[chunk_digest], place)

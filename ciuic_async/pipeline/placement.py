@@ -17,8 +17,8 @@ from ciuic_async.errors import IntegrityError, NotFoundError
 from ciuic_async.events import Event, Listener, notify
 from ciuic_async.format.manifest import StoredTensor, dotted, volume
 from ciuic_async.options import READ
+from ciuic_async.pipeline.chunks import chunk_reader
 from ciuic_async.pipeline.commit import Resolved
-from ciuic_async.segments.reader import SegmentReader
 from ciuic_async.stores.base import Store
 
 
@@ -54,7 +54,7 @@ def read_tensors(
     if not jobs:
         return
     sizes = resolved.manifest.distinct_chunks()
-    reader = SegmentReader(store, verify=verify)
+    reader = chunk_reader(store, verify=verify)
     stop = threading.Event()
     total = sum(sizes[chunk] for chunk in jobs)
 

@@ -1,20 +1,16 @@
-"""Chunks back from segments, and checks of whole segments. What is read is hostile until a digest says otherwise.
-
-Stages do not import each other, with one exception: the default decoder, which a caller can replace.
-"""
+"""Chunks back from segments, and checks of whole segments. What is read is hostile until a digest says otherwise."""
 
 from __future__ import annotations
 
 import threading
 
-from ciuic_async.codecs.base import Decoder
-from ciuic_async.codecs.decode import decode as decode_any
 from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError
 from ciuic_async.format import layout, segment
 from ciuic_async.format.digest import DIGEST_SIZE_BYTES, hasher
 from ciuic_async.format.digest import digest as blake3_256
 from ciuic_async.format.locator import ChunkLocation, SegmentReference
 from ciuic_async.format.segment import IndexEntry, RecordHeader, Trailer
+from ciuic_async.handoffs import Decoder
 from ciuic_async.stores.base import Store
 
 _WINDOW_BYTES = 4 << 20
@@ -35,10 +31,10 @@ class SegmentReader:
     Args:
         store: where the segments are.
         verify: check every chunk against its digest. Without it damage goes unnoticed.
-        decode: the way back from records; the default knows all codecs of this version.
+        decode: the way back from records (``codecs.decode``).
     """
 
-    def __init__(self, store: Store, *, verify: bool = True, decode: Decoder = decode_any) -> None:
+    def __init__(self, store: Store, decode: Decoder, *, verify: bool = True) -> None:
         self._store = store
         self._decode = decode
         self._verify = verify

@@ -7,15 +7,13 @@ The layout is that of ``reference.py``; only the way to the disk differs.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ciuic_async import native
-from ciuic_async.errors import CiuicError, InternalError, StoreError
+from ciuic_async.errors import CiuicError, InternalError
 from ciuic_async.format import layout, segment
 from ciuic_async.format.digest import Buffer, hasher
 from ciuic_async.format.locator import ChunkLocation, SegmentReference
@@ -23,14 +21,8 @@ from ciuic_async.format.segment import IndexEntry
 from ciuic_async.handoffs import EncodedChunk
 from ciuic_async.options import WRITE, WriteOptions
 from ciuic_async.segments.reference import index_entry
+from ciuic_async.stores.advice import store_error
 from ciuic_async.stores.base import Store, Unpublished
-
-_ADVICE = {
-    errno.ENOSPC: "the disk is full: free space or prune snapshots",
-    errno.EDQUOT: "the disk quota is used up: free space or prune snapshots",
-    errno.EIO: "the device reported an I/O error: check the disk",
-    errno.EFBIG: "the file is larger than this process may write (ulimit -f)",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,22 +251,13 @@ class _NativeOutput:
         try:
             self._writer.append(data)
         except OSError as error:
-            raise self._store_error(error) from error
+            raise store_error(self._place, self._name, error.errno or 0) from error
 
     def finish(self) -> None:
         try:
             self._writer.finish()
         except OSError as error:
-            raise self._store_error(error) from error
+            raise store_error(self._place, self._name, error.errno or 0) from error
 
     def abort(self) -> None:
         self._writer.abort()
-
-    def _store_error(self, error: OSError) -> StoreError:
-        number = error.errno or 0
-        advice = _ADVICE.get(number, "check the disk and the folder")
-        return StoreError(
-            f"{self._place}: {os.strerror(number)} ({advice})",
-            kind=errno.errorcode.get(number, "store").lower(),
-            where=self._name,
-        )

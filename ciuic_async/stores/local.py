@@ -24,23 +24,11 @@ from pathlib import Path
 from ciuic_async.errors import CommitConflictError, IntegrityError, InternalError, NotFoundError, StoreError
 from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer
+from ciuic_async.stores.advice import advice, store_error
 from ciuic_async.stores.base import Capabilities, Listed, Unpublished, check_name
 
 _MAX_DEPTH = 32  # folders below the root; the format needs 11
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_ADVICE = {
-    errno.ENOSPC: "the disk is full: free space or prune snapshots",
-    errno.EDQUOT: "the disk quota is used up: free space or prune snapshots",
-    errno.EROFS: "the file system is read-only: choose another folder or remount it",
-    errno.EACCES: "permission denied: check owner and mode of the folder",
-    errno.EPERM: "not permitted: check owner and mode of the folder",
-    errno.ENOTDIR: "a file stands where a folder is expected: choose another path or move the file",
-    errno.ENOENT: "the folder cannot be made or was removed, or the unpublished file was swept: choose another folder",
-    errno.EIO: "the device reported an I/O error: check the disk",
-    errno.EFBIG: "the file is larger than this process may write (ulimit -f)",
-    errno.EMFILE: "too many open files (ulimit -n)",
-    errno.ELOOP: "a symbolic link inside a chain is never followed: replace it by the file itself",
-}
 
 
 class LocalStore:
@@ -376,7 +364,7 @@ class LocalStore:
             number = error.errno or 0
             raise StoreError(
                 f"{self._where(name)}: fsync failed, what was written may be lost: {os.strerror(number)} "
-                f"({_ADVICE.get(number, 'check the disk and the folder')})",
+                f"({advice(number)})",
                 kind="fsync_failed",
                 where=name,
             ) from error
@@ -394,23 +382,18 @@ class LocalStore:
             yield
         except FileExistsError as error:
             if name == "":  # mkdir of the chain's folder found a file
-                raise self._store_error(name, errno.ENOTDIR, error) from error
+                raise store_error(self._where(name), name, errno.ENOTDIR) from error
             raise
         except FileNotFoundError as error:
             if writing:
-                raise self._store_error(name, errno.ENOENT, error) from error
+                raise store_error(self._where(name), name, errno.ENOENT) from error
             raise NotFoundError(f"{self._where(name)}: no such file or folder", kind="no_file", where=name) from error
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise IntegrityError(
-                    f"{self._where(name)}: {_ADVICE[errno.ELOOP]}", kind="symbolic_link", where=name
+                    f"{self._where(name)}: {advice(errno.ELOOP)}", kind="symbolic_link", where=name
                 ) from error
-            raise self._store_error(name, error.errno or 0, error) from error
-
-    def _store_error(self, name: str, number: int, error: OSError) -> StoreError:
-        kind = errno.errorcode.get(number, "store").lower()
-        advice = _ADVICE.get(number, "check the disk and the folder")
-        return StoreError(f"{self._where(name)}: {os.strerror(number)} ({advice})", kind=kind, where=name)
+            raise store_error(self._where(name), name, error.errno or 0) from error
 
 
 class _LocalFile:

@@ -421,7 +421,10 @@ class Log:
         return data
 
     def _claim(self, name: str, content: bytes) -> bool:
-        """Whether the slot is ours. A create whose answer was lost is judged by what the slot holds."""
+        """Whether the slot is ours. A create whose answer was lost is judged by what the slot holds.
+
+        Not so one whose fsync failed: what is read back may be gone after a loss of power.
+        """
         failure: StoreError | None = None
         try:
             self._store.create(name, content)
@@ -429,6 +432,8 @@ class Log:
         except CommitConflictError:
             pass
         except StoreError as error:
+            if error.kind == "fsync_failed":
+                raise
             failure = error
         try:
             return self._store.read(name, slots.LIMIT_BYTES) == content

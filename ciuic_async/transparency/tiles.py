@@ -71,6 +71,7 @@ def edge_tiles(size: int) -> list[Tile | None]:
 
 
 def encode_tile(hashes: Sequence[bytes]) -> bytes:
+    """The bytes of a tile: its hashes, one after the other."""
     return b"".join(hashes)
 
 

@@ -62,6 +62,7 @@ class FaultyOs:
         self._fault = fault
         self._mutex = threading.Lock()
         self.calls: list[str] = []
+        """Names of the counted calls so far; of a link also the new name, after a ``>``."""
 
     def disarm(self) -> None:
         self._fault = None
@@ -73,7 +74,7 @@ class FaultyOs:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             with self._mutex:
-                self.calls.append(name)
+                self.calls.append(f"link>{args[1]}" if name == "link" else name)
                 fault = self._fault if self._fault is not None and self._fault.at == len(self.calls) else None
             return real(*args, **kwargs) if fault is None else _strike(fault, name, real, args, kwargs)
 

@@ -61,10 +61,13 @@ def save(request: dict[str, Any], faulty: FaultyOs) -> None:
     take(checkpointer, state, first + 1)
     checkpointer.close()
     finish(faulty)
-    with open_checkpointer(request["chain"], state) as checkpointer:
-        checkpointer.restore()
-        checkpointer._step = first + 1  # the restored one is older when the last save failed
-        take(checkpointer, state, first + 2)
+    try:
+        with open_checkpointer(request["chain"], state) as checkpointer:
+            checkpointer.restore()
+            checkpointer._step = first + 1  # the restored one is older when the last save failed
+            take(checkpointer, state, first + 2)
+    except CiuicError as error:
+        say("failed", first + 2, error.kind, error)
 
 
 def create(request: dict[str, Any], faulty: FaultyOs) -> None:

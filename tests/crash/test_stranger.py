@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import random
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from ciuic_async.cli.demo import Child
 
 SCRIPT = Path(__file__).with_name("stranger_training.py")
 KILLS = int(os.environ.get("CIUIC_KILL_RUNS", "4"))
-STEPS = 24
+STEPS = 6 * KILLS
 LIMIT_S = 60.0
 
 
@@ -29,25 +31,23 @@ def start(chain: Path, seed: int) -> Child:
 def finish(child: Child) -> dict[str, object]:
     """Let it run to its end; what it printed last."""
     last = ""
-    while (line := child.next_line(LIMIT_S)) is not None:
-        last = line
-    assert child.end() == 0
+    with child:
+        while (line := child.next_line(LIMIT_S)) is not None:
+            last = line
+        assert child.end() == 0
     result: dict[str, object] = json.loads(last)
     return result
 
 
 def run_for(child: Child, lines: int, delay_s: float) -> None:
     """Kill it ``delay_s`` after it has printed ``lines`` more lines, or before: its end comes first at times."""
-    for _ in range(lines):
-        if child.next_line(LIMIT_S) is None:
-            break
-    try:
-        for _ in child.lines(delay_s):
-            pass
-    except TimeoutError:
-        pass
-    child.kill()
-    child.end()
+    with child:
+        for _ in range(lines):
+            if child.next_line(LIMIT_S) is None:
+                break
+        with suppress(TimeoutError):
+            collections.deque(child.lines(delay_s), maxlen=0)  # follow it until then
+        child.kill()
 
 
 @pytest.mark.slow

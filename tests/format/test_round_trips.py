@@ -419,3 +419,18 @@ def test_segments(headers: list[segment.RecordHeader], number: int) -> None:
     trailer = segment.parse_trailer(tail[-64:], size, "x")
     assert segment.parse_index(tail[trailer.index_offset_bytes - position : -64], trailer, "x") == index
     assert segment.parse_file_header(segment.pack_file_header("0" * 20, 3, number), "x") == ("0" * 20, 3, number)
+
+
+def test_a_mesh_comes_back() -> None:
+    """A distributed tensor's mesh survives; one without a name for each dimension is refused."""
+    shards = (manifest.Shard((0,), (2,), 1 << 22, bytes(32)), manifest.Shard((2,), (2,), 1 << 22, bytes(32)))
+    tensor = manifest.StoredTensor(("w",), "float32", (4,), "cuda:0", shards, manifest.Mesh((2,), ("dp",)))
+    content = manifest.Manifest(
+        "0" * 20, "single", (manifest.Tree("state", None, {"tensor": 0}),), (), (tensor,), world=2
+    )
+    encoded = manifest.encode(content)
+    root = manifest.decode_root(encoded.root[1], content.snapshot)
+    assert manifest.assemble(root, [data for _, data in encoded.parts]).tensors == (tensor,)
+    broken = encoded.parts[0][1].replace(b'"names":["dp"]', b'"names":[]')
+    with pytest.raises(IntegrityError, match="one name for each dimension"):
+        manifest.assemble(root, [broken])

@@ -22,7 +22,8 @@ from ciuic_async.format.digest import DIGEST_SIZE_BYTES, digest
 from ciuic_async.format.locator import ChunkLocation, SegmentReference
 from ciuic_async.format.segment import PLANE_RAW, PLANE_ZSTD, RecordHeader
 from ciuic_async.handoffs import EncodedChunk
-from ciuic_async.segments.reader import SegmentReader, check_segment, scan_segment
+from ciuic_async.pipeline.chunks import chunk_reader
+from ciuic_async.segments.reader import check_segment, scan_segment
 from ciuic_async.segments.reference import build_segment
 from ciuic_async.stores.memory import MemoryStore
 
@@ -177,7 +178,7 @@ def test_every_flipped_byte_of_a_record_is_found_by_reading(number: int) -> None
     store, reference = _stored(SMALL)
     entry = check_segment(store, reference)[number]
     location = ChunkLocation(reference, entry.offset_bytes, entry.record_size_bytes, entry.codec)
-    assert SegmentReader(store).read_chunk(digest(raw), len(raw), location) == raw
+    assert chunk_reader(store).read_chunk(digest(raw), len(raw), location) == raw
     missed = []
     places = set()
     for at in range(entry.offset_bytes, entry.offset_bytes + entry.record_size_bytes):
@@ -185,7 +186,7 @@ def test_every_flipped_byte_of_a_record_is_found_by_reading(number: int) -> None
         changed[at] ^= 0x04
         damaged, _ = _stored(bytes(changed))
         try:
-            found = SegmentReader(damaged).read_chunk(digest(raw), len(raw), location)
+            found = chunk_reader(damaged).read_chunk(digest(raw), len(raw), location)
         except (IntegrityError, FormatVersionError) as error:
             places.add(error.where)
         else:
@@ -204,7 +205,7 @@ def test_reader_names_the_segment_of_a_damaged_payload() -> None:
     (entry,) = check_segment(store, reference)
     location = ChunkLocation(reference, entry.offset_bytes, entry.record_size_bytes, entry.codec)
     with pytest.raises(IntegrityError) as caught:
-        SegmentReader(store).read_chunk(digest(bytes(1000)), 1000, location)
+        chunk_reader(store).read_chunk(digest(bytes(1000)), 1000, location)
     assert (caught.value.kind, caught.value.where) == ("bad_payload", PATH)
 
 

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ciuic_async.cli import demo, demo_table, demo_training
-from ciuic_async.cli.demo import Child, Life, compare, exit_status, plan_kills, render, render_table
+from ciuic_async.cli.demo import Child, Kill, Life, Watch, compare, exit_status, plan_kills, render, render_table
 from ciuic_async.cli.demo_table import Measured, Schedule, summarize
 from ciuic_async.cli.demo_training import SIZES, ShuffledWindows, Training, digest, digests, read_text
-from ciuic_async.errors import UsageError
+from ciuic_async.errors import InternalError, UsageError
 
 TINY = SIZES["tiny"]
 
@@ -197,16 +197,32 @@ def test_a_report_is_understood_line_by_line() -> None:
 
 def test_lines_that_a_killed_child_had_written_are_still_read() -> None:
     """Nothing a child reported before SIGKILL is lost, and waiting for more of it has a limit."""
-    program = "import os, time; os.write(1, b'one\\ntwo\\nthr'); os.write(1, b'ee\\nhalf'); time.sleep(600)"
-    child = Child([sys.executable, "-c", program])
-    assert child.next_line(60) == "one"
-    assert child.next_line(60) == "two"
-    assert child.next_line(60) == "three"
-    with pytest.raises(TimeoutError):
-        child.next_line(0.01)
-    child.kill()
-    assert child.next_line(60) is None
-    assert child.end() == -9
+    program = "import os, signal; os.write(1, b'one\\ntwo\\nthr'); os.write(1, b'ee\\nhalf'); signal.pause()"
+    with Child([sys.executable, "-c", program]) as child:
+        assert [child.next_line(60) for _ in range(3)] == ["one", "two", "three"]
+        with pytest.raises(TimeoutError):
+            child.next_line(0.01)
+        child.kill()
+        assert child.next_line(60) is None
+        assert child.end() == -9
+
+
+def test_a_child_that_fails_is_an_error() -> None:
+    """A training program that ends by itself without a result is reported, with its exit status."""
+    with pytest.raises(InternalError, match="status 7") as caught:
+        demo.live([sys.executable, "-c", "raise SystemExit(7)"], None, Watch(1))
+    assert caught.value.kind == "demo_child"
+
+
+def test_a_child_is_killed_only_when_its_time_has_come() -> None:
+    """The kill falls after the planned step's line; a child that was to die in a write dies at that snapshot's line."""
+    reports = ["started 0", "step 1 3.0", "snapshot 2", "step 2 3.0", "snapshot 4", "step 3 3.0"]
+    program = f"import signal\nfor line in {reports!r}: print(line, flush=True)\nsignal.pause()"
+    late = demo.live([sys.executable, "-c", program], Kill(3), Watch(9))
+    assert (late.killed, late.step, late.unfinished) == (True, 3, [2, 4])
+    in_write = demo.live([sys.executable, "-c", program], Kill(1, in_write=True), Watch(9))
+    assert in_write.killed
+    assert 2 in in_write.unfinished
 
 
 def test_the_command_imports_torch_only_in_its_children() -> None:

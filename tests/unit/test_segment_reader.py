@@ -14,7 +14,8 @@ from ciuic_async.errors import IntegrityError
 from ciuic_async.format import layout, segment
 from ciuic_async.format.digest import digest
 from ciuic_async.format.locator import ChunkLocation
-from ciuic_async.segments.reader import SegmentReader, check_segment, scan_segment
+from ciuic_async.pipeline.chunks import chunk_reader
+from ciuic_async.segments.reader import check_segment, scan_segment
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.stores.memory import MemoryStore
 
@@ -55,7 +56,7 @@ def _change(store: MemoryStore, at: int, new: bytes) -> None:
 
 def test_reads_every_chunk(store: MemoryStore, locations: dict[bytes, ChunkLocation]) -> None:
     """Any order, any codec, large after small: the bytes are the chunk's."""
-    reader = SegmentReader(store)
+    reader = chunk_reader(store)
     for raw in [*CONTENTS, *reversed(CONTENTS)]:
         assert reader.read_chunk(digest(raw), len(raw), locations[digest(raw)]) == raw
 
@@ -64,7 +65,7 @@ def test_view_is_valid_until_the_next_call_of_its_thread(
     store: MemoryStore, locations: dict[bytes, ChunkLocation]
 ) -> None:
     """Other threads' calls leave it alone: every thread has buffers of its own."""
-    reader = SegmentReader(store)
+    reader = chunk_reader(store)
     mine = reader.read_chunk(digest(CONTENTS[2]), len(CONTENTS[2]), locations[digest(CONTENTS[2])])
     wrong: list[int] = []
 
@@ -92,9 +93,9 @@ def test_flipped_bit_is_a_digest_mismatch_unless_told_otherwise(
     end = location.offset_bytes + location.record_size_bytes
     _change(store, end - 1, bytes([raw[-1] ^ 1]))
     with pytest.raises(IntegrityError) as caught:
-        SegmentReader(store).read_chunk(digest(raw), len(raw), location)
+        chunk_reader(store).read_chunk(digest(raw), len(raw), location)
     assert (caught.value.kind, caught.value.where) == ("digest_mismatch", PATH)
-    changed = SegmentReader(store, verify=False).read_chunk(digest(raw), len(raw), location)
+    changed = chunk_reader(store, verify=False).read_chunk(digest(raw), len(raw), location)
     assert changed[:-1] == raw[:-1]
 
 
@@ -103,7 +104,7 @@ def test_missing_segment_is_damage(store: MemoryStore, locations: dict[bytes, Ch
     store.delete(PATH)
     (reference,) = {location.segment for location in locations.values()}
     for call in (
-        lambda: SegmentReader(store).read_chunk(digest(b"small"), 5, locations[digest(b"small")]),
+        lambda: chunk_reader(store).read_chunk(digest(b"small"), 5, locations[digest(b"small")]),
         lambda: check_segment(store, reference),
         lambda: scan_segment(store, PATH),
     ):
@@ -116,7 +117,7 @@ def test_wrong_locations_are_refused(store: MemoryStore, locations: dict[bytes, 
     """Nobody signs a locator: whatever it says, wrong bytes are never returned, and no huge buffer is made."""
     raw = CONTENTS[2]
     right = locations[digest(raw)]
-    reader = SegmentReader(store)
+    reader = chunk_reader(store)
     for wrong in (
         locations[digest(CONTENTS[0])],
         replace(right, offset_bytes=right.offset_bytes + 64),

@@ -16,7 +16,8 @@ from ciuic_async.format.digest import digest
 from ciuic_async.format.segment import RecordHeader
 from ciuic_async.handoffs import EncodedChunk
 from ciuic_async.options import WriteOptions
-from ciuic_async.segments.reader import SegmentReader, check_segment
+from ciuic_async.pipeline.chunks import chunk_reader
+from ciuic_async.segments.reader import check_segment
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore
@@ -46,7 +47,7 @@ def test_locations_lead_back_to_every_chunk(store: Store) -> None:
     store.publish(finished.files)
     assert finished.size_bytes == store.size(layout.segment(SNAPSHOT, 0, 0))
     assert finished.next_number == 1
-    reader = SegmentReader(store)
+    reader = chunk_reader(store)
     for raw in contents:
         assert reader.read_chunk(digest(raw), len(raw), finished.locations[digest(raw)]) == raw
 
@@ -60,7 +61,7 @@ def test_buffers_may_be_reused_after_append(store: Store) -> None:
     finished = writer.finish()
     store.publish(finished.files)
     (location,) = finished.locations.values()
-    assert SegmentReader(store).read_chunk(digest(b"a" * 10_000), 10_000, location) == b"a" * 10_000
+    assert chunk_reader(store).read_chunk(digest(b"a" * 10_000), 10_000, location) == b"a" * 10_000
 
 
 def test_segments_roll_at_their_size(store: Store) -> None:
@@ -131,7 +132,7 @@ def test_abort_after_publish_changes_nothing(store: Store) -> None:
     store.publish(finished.files)
     writer.abort()
     (location,) = finished.locations.values()
-    assert SegmentReader(store).read_chunk(digest(b"content"), 7, location) == b"content"
+    assert chunk_reader(store).read_chunk(digest(b"content"), 7, location) == b"content"
 
 
 def test_used_after_its_end_is_our_mistake(store: Store) -> None:
