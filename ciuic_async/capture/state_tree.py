@@ -351,7 +351,7 @@ class Inflater:
             if not isinstance(item, list) or len(item) != 2:
                 raise malformed(f"{where}: a dict's item is no pair")
             key = self.value(item[0], where)
-            pairs.append((key, self.value(item[1], f"{where}.{key!s:.80}")))
+            pairs.append((key, self.value(item[1], f"{where}.{_step(key)}")))
         if len({key for key, _ in pairs}) != len(pairs):
             raise malformed(f"{where}: a dict has a key twice")
         return pairs

@@ -31,6 +31,7 @@ FACTORIES: dict[str, type] = {t.__name__: t for t in (list, dict, int, float, st
 
 _DOUBLE = struct.Struct(">d")
 _HEX16 = re.compile(r"[0-9a-f]{16}")
+_NUMPY_DTYPE = re.compile(r"[<>|][biufcmMSUV][0-9]{1,9}(?:\[[0-9]{0,9}[A-Za-zμ]{1,7}\])?")  # as ``dtype.str`` writes
 _HEX_INT = re.compile(r"-?0x[0-9a-f]+")
 _NAMED_TORCH: dict[str, tuple[type, str]] = {
     "torch.dtype": (torch.dtype, "torch."),
@@ -102,7 +103,7 @@ _ENCODERS: dict[type, Callable[[Any], Node]] = {
     bytes: lambda value: {"bytes": base64.b64encode(value).decode("ascii")},
     bytearray: lambda value: {"bytearray": base64.b64encode(value).decode("ascii")},
     range: lambda value: {"range": [_encode_int(n) for n in (value.start, value.stop, value.step)]},
-    torch.Size: lambda value: {"torch.Size": [int(n) for n in value]},
+    torch.Size: lambda value: {"torch.Size": [_encode_int(int(n)) for n in value]},
     torch.dtype: _encode_torch_name("torch.dtype"),
     torch.layout: _encode_torch_name("torch.layout"),
     torch.memory_format: _encode_torch_name("torch.memory_format"),
@@ -188,7 +189,7 @@ def _decode_torch_name(tag: str) -> Callable[[dict[str, Node]], object]:
 
 
 def _numpy_dtype(text: object) -> np.dtype[Any]:
-    if not isinstance(text, str) or len(text) > 64 or "," in text or "O" in text:
+    if not isinstance(text, str) or not _NUMPY_DTYPE.fullmatch(text):
         raise ValueError("unknown numpy dtype")
     dtype = np.dtype(text)
     if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None or dtype.str != text:

@@ -212,15 +212,13 @@ def folder_bytes(folder: Path) -> int:
 
 
 def step_time_s(training: Training, threads: int) -> float:
-    """The best of three steps with this many threads, after one that starts them."""
+    """The mean of three steps with this many threads, after one that starts them."""
     torch.set_num_threads(threads)
     training.update()
-    times_s = []
+    begin_s = time.perf_counter()
     for _ in range(3):
-        begin_s = time.perf_counter()
         training.update()
-        times_s.append(time.perf_counter() - begin_s)
-    return min(times_s)
+    return (time.perf_counter() - begin_s) / 3
 
 
 def measure(

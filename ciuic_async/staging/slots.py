@@ -24,6 +24,7 @@ import torch
 
 from ciuic_async import native
 from ciuic_async.errors import StoreError
+from ciuic_async.events import logger
 from ciuic_async.format.segment import align_up
 from ciuic_async.handoffs import Region
 from ciuic_async.staging.budget import SlotPlan
@@ -149,6 +150,7 @@ class SlotPool:
         self._sequence = 0
         self._closed = False
         self._preparing: threading.Thread | None = None
+        self._being_prepared = 0
 
     @property
     def held_bytes(self) -> int:
@@ -157,37 +159,30 @@ class SlotPool:
             return sum(slot.size_bytes for slot in self._slots)
 
     def prepare(self, plan: SlotPlan, table_bytes: int, device: Device) -> None:
-        """Make, fault in and pin the slots on a background thread. Errors show when a slot is acquired."""
-
-        def work() -> None:
-            with suppress(StoreError, MemoryError, OSError):
-                slots = []
-                for _ in range(plan.count):
-                    slot = self._take(plan, table_bytes, timeout_s=0.0)
-                    if slot is None:
-                        break
-                    slots.append(slot)
-                try:
-                    for slot in slots:
-                        if self._closed:
-                            break
-                        slot.touch(device)
-                finally:
-                    for slot in slots:
-                        self.release(slot)
-
+        """Make the slots, and fault in and pin them on a background thread, once. Errors show when one is acquired."""
         with self._condition:
             if self._closed or self._preparing is not None:
                 return
-            self._preparing = threading.Thread(target=work, name="ciuic-touch", daemon=True)
+            slots: list[Slot] = []
+            with suppress(StoreError, OSError):
+                while len(slots) < plan.count and (slot := self._take(plan, table_bytes, timeout_s=0.0)):
+                    slots.append(slot)
+            self._being_prepared = len(slots)
+            self._preparing = threading.Thread(
+                target=self._touch, args=(slots, device), name="ciuic-touch", daemon=True
+            )
             self._preparing.start()
 
-    def wait_prepared(self) -> None:
-        """Wait for ``prepare``, which may hold all slots for a moment."""
-        thread = self._preparing
-        if thread is not None:
-            thread.join()
-            self._preparing = None
+    def _touch(self, slots: list[Slot], device: Device) -> None:
+        for slot in slots:
+            try:
+                if not self._closed:
+                    slot.touch(device)
+            except Exception as error:  # it will be tried again by whoever acquires the slot, and reported then
+                logger.debug("a slot could not be prepared: %s", error)
+            with self._condition:
+                self._being_prepared -= 1
+                self.release(slot)
 
     def acquire(self, plan: SlotPlan, table_bytes: int, timeout_s: float | None) -> Slot | None:
         """A free slot of at least the plan's size, or None after ``timeout_s`` (None waits for ever).
@@ -195,7 +190,6 @@ class SlotPool:
         Raises:
             StoreError: no memory.
         """
-        self.wait_prepared()
         slot = self._take(plan, table_bytes, timeout_s)
         if slot is not None:
             with self._condition:
@@ -204,6 +198,7 @@ class SlotPool:
         return slot
 
     def _take(self, plan: SlotPlan, table_bytes: int, timeout_s: float | None) -> Slot | None:
+        """``acquire`` without a sequence number. Slots being prepared are waited for beside the timeout."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._condition:
             while True:
@@ -217,6 +212,9 @@ class SlotPool:
                     slot = Slot(plan.size_bytes)
                     self._slots.append(slot)
                     break
+                if self._being_prepared:
+                    self._condition.wait()
+                    continue
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return None
@@ -248,9 +246,12 @@ class SlotPool:
 
     def close(self) -> None:
         """Give all memory back; slots still in use follow when they are released."""
-        self.wait_prepared()
         with self._condition:
             self._closed = True
+            preparing = self._preparing
+        if preparing is not None:
+            preparing.join()
+        with self._condition:
             for slot in self._free:
                 slot.close()
             self._free.clear()

@@ -16,13 +16,15 @@ from typing import IO
 import pytest
 import torch
 
-from ciuic_async import Checkpointer
+from ciuic_async import Checkpointer, KeepLatest
 from ciuic_async.chain import SnapshotChain
 from tests.crash.faults import LONG, Forge, Outcome, fast_folder, forge, note_line
 
 KILLS = 200 if LONG else 15
 KEPT = 3
-LONGEST_LIFE_S = 0.25
+LIVES = 8
+"""Kills for each chain: the chain grows with every life, and so does what a look at it costs."""
+LONGEST_LIFE_S = 0.2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 6 * KILLS)]
 
@@ -60,40 +62,47 @@ def restored_step(chain: Path) -> int:
 def test_killed_at_any_moment_a_training_keeps_all_that_was_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     """After each SIGKILL verify is clean, the newest snapshot reported durable is there, and restore works from it."""
     moments = random.Random(20)
+    in_mid_save = 0
+    reported = 0
     with fast_folder() as folder, forge(folder / "home") as opened:
         monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "home" / "config"))
         monkeypatch.setenv("XDG_STATE_HOME", str(folder / "home" / "state"))
-        chain = folder / "chain"
-        durable: dict[int, str] = {}
-        in_mid_save = 0
-        for _ in range(KILLS):
-            outcome = live_and_be_killed(opened, chain, moments.randint(1, 3), moments.uniform(0, LONGEST_LIFE_S))
-            assert outcome.killed, outcome.lines
-            assert not outcome.failed, outcome.lines
-            for step, snapshot in outcome.durable.items():
-                assert step not in durable, f"step {step} was trained again although it had been reported durable"
-                durable[step] = snapshot
-            if not chain.joinpath("ciuic.json").exists():
-                assert not durable
-                continue
-            in_mid_save += bool(os.listdir(chain / "tmp"))
+        for number in range(0, KILLS, LIVES):
+            chain = folder / f"chain-{number}"
+            durable: dict[int, str] = {}
+            for _ in range(min(LIVES, KILLS - number)):
+                outcome = live_and_be_killed(opened, chain, moments.randint(1, 3), moments.uniform(0, LONGEST_LIFE_S))
+                assert outcome.killed, outcome.lines
+                assert not outcome.failed, outcome.lines
+                for step, snapshot in outcome.durable.items():
+                    assert step not in durable, f"step {step} was trained again although it had been reported durable"
+                    durable[step] = snapshot
+                in_mid_save += bool(os.listdir(chain / "tmp"))
+                look_at(chain, durable)
+            reported += len(durable)
             with SnapshotChain(chain, create=False) as history:
+                history.prune(KeepLatest(KEPT))
+                history.gc(orphan_age_s=0)
                 report = history.verify()
                 assert report.ok, report.problems
-                present = {snapshot.step: snapshot.id for snapshot in history}
-                claimed = [fact["id"] for fact in history.log() if fact["kind"] == "snapshot"]
-                assert set(durable.values()) <= set(claimed)
-                assert len(claimed) - len(durable) <= KILLS, "at most one a life was durable and not yet reported"
-                assert len(present) >= min(KEPT, len(claimed)), "retention never leaves fewer than it keeps"
-                assert len(present) <= KEPT + 1
-            if durable:
-                newest = max(durable)
-                assert newest not in present or present[newest] == durable[newest]
-                assert max(step for step in present if step is not None) >= newest
-                assert restored_step(chain) == max(step for step in present if step is not None)
-        assert len(durable) >= KILLS, "too short a life to mean anything"
-        assert in_mid_save, "no kill hit a save"
-        with SnapshotChain(chain, create=False) as history:
-            history.gc(orphan_age_s=0)
-            assert history.verify().notes == ()
-        assert os.listdir(chain / "tmp") == []
+                assert report.notes == (), "leftovers"
+                assert len(history) == KEPT
+            assert os.listdir(chain / "tmp") == []
+    assert reported >= KILLS, "too short lives to mean anything"
+    assert in_mid_save, "no kill hit a save"
+
+
+def look_at(chain: Path, durable: dict[int, str]) -> None:
+    """What must hold after a kill."""
+    with SnapshotChain(chain, create=False) as history:
+        report = history.verify()
+        assert report.ok, report.problems
+        present = {snapshot.step or 0: snapshot.id for snapshot in history}
+        claimed = {fact["id"] for fact in history.log() if fact["kind"] == "snapshot"}
+    assert set(durable.values()) <= claimed
+    assert len(present) >= min(KEPT, len(claimed)), "retention never leaves fewer than it keeps"
+    for step in sorted(durable)[-KEPT:]:
+        newer = sum(1 for other in present if other > step)
+        assert present.get(step) == durable[step] or newer >= KEPT, f"step {step} is gone"
+    if present:
+        assert restored_step(chain) == max(present)

@@ -16,7 +16,9 @@ from ciuic_async import native
 from ciuic_async.format import layout
 from tests.strategies import State, bits, families, fingerprint, lone_tensors, sharing, trees
 
-own_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+own_folder = settings(
+    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def _round_trip(state: Any, folder: Path, codec: str = "auto") -> Any:
@@ -35,14 +37,14 @@ def _strides(tensor: torch.Tensor) -> list[int]:
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
-@own_folder
+@settings(own_folder, max_examples=50)
 @given(state=trees())
 def test_a_saved_tree_is_loaded_bit_for_bit(state: State, tmp_path: Path) -> None:
     """load(save(tree)) has the tree's types, order, bits and shared storages."""
     _assert_same(_round_trip(state.value, tmp_path), state.value)
 
 
-@settings(own_folder, max_examples=25)
+@settings(own_folder, max_examples=12)
 @given(state=st.dictionaries(st.text(max_size=3), trees(), min_size=1, max_size=3))
 def test_a_dict_of_trees_shares_storages_across_its_items(state: dict[str, State], tmp_path: Path) -> None:
     """Items of the outermost dict are separate trees in the manifest; what they share is shared still."""
@@ -51,14 +53,14 @@ def test_a_dict_of_trees_shares_storages_across_its_items(state: dict[str, State
     _assert_same(_round_trip(values, tmp_path), values)
 
 
-@settings(own_folder, max_examples=25)
+@settings(own_folder, max_examples=12)
 @given(state=trees())
 def test_raw_chunks_hold_the_same_tree(state: State, tmp_path: Path) -> None:
     """The codec has no influence on what comes back."""
     _assert_same(_round_trip(state.value, tmp_path, codec="raw"), state.value)
 
 
-@settings(own_folder, max_examples=25)
+@settings(own_folder, max_examples=12)
 @given(state=trees(), saved_natively=st.booleans())
 def test_the_native_core_has_no_influence(state: State, saved_natively: bool, tmp_path: Path) -> None:
     """What is saved with or without the compiled core loads the other way."""
@@ -102,7 +104,7 @@ def test_views_of_one_storage_keep_their_strides(family: State, tmp_path: Path) 
     assert snapshot.raw_bytes <= storage_bytes + 16 * len(members), "each gap closed, each byte once"
 
 
-@settings(own_folder, max_examples=8)
+@settings(own_folder, max_examples=5)
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 3 * (4 << 20)), dtype=st.sampled_from(["uint8", "bfloat16"]))
 def test_tensors_of_several_chunks_come_back(seed: int, size: int, dtype: str, tmp_path: Path) -> None:
     """Lengths around chunk borders make no difference."""

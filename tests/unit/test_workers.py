@@ -1,0 +1,107 @@
+"""Threads that work ahead, in order."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ciuic_async.pipeline.workers import OrderedWorkers
+
+
+@pytest.fixture(params=[1, 3])
+def workers(request: pytest.FixtureRequest) -> Iterator[OrderedWorkers]:
+    """One thread (the caller's own) or several."""
+    made = OrderedWorkers(request.param, "ciuic-test", lambda: None)
+    yield made
+    made.close()
+
+
+def test_results_come_in_the_order_of_the_items(workers: OrderedWorkers) -> None:
+    """Whoever finishes first, results keep the order, and a pool serves many maps."""
+    for count in (0, 1, 7, 100):
+        assert list(workers.map(lambda n: n * n, range(count))) == [n * n for n in range(count)]
+
+
+def test_an_error_arrives_where_it_belongs(workers: OrderedWorkers) -> None:
+    """Results before the failing item are given, its error is raised as it was, and the pool works on."""
+
+    def fail_at_five(number: int) -> int:
+        if number == 5:
+            raise ValueError("five")
+        return number
+
+    results = workers.map(fail_at_five, range(10))
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="five"):
+        next(results)
+    assert list(workers.map(fail_at_five, range(3))) == [0, 1, 2]
+
+
+def test_work_ahead_is_bounded() -> None:
+    """Items are taken only as far ahead of the consumer as twice the number of threads, and one."""
+    pool = OrderedWorkers(2, "ciuic-test", lambda: None)
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    results = pool.map(lambda n: n, items())
+    for _ in range(10):
+        next(results)
+    assert len(taken) <= 10 + 2 * 2 + 1
+    results.close()  # type: ignore[attr-defined]
+    pool.close()
+
+
+def test_nothing_runs_any_more_when_the_consumer_stops() -> None:
+    """After an early stop no call is running: what they read may be given back."""
+    pool = OrderedWorkers(3, "ciuic-test", lambda: None)
+    running = threading.Semaphore(0)
+    inside = 0
+    lock = threading.Lock()
+
+    def work(number: int) -> int:
+        nonlocal inside
+        with lock:
+            inside += 1
+        running.release()
+        result = sum(range(50_000)) + number
+        with lock:
+            inside -= 1
+        return result
+
+    results = pool.map(work, range(100))
+    next(results)
+    running.acquire()
+    results.close()  # type: ignore[attr-defined]
+    assert inside == 0
+    pool.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ciuic-test")]
+
+
+def test_a_script_that_never_closes_still_gets_its_last_snapshot(tmp_path: Path) -> None:
+    """At interpreter exit what was taken becomes durable, also with several encoding threads."""
+    program = f"""
+import torch
+from ciuic_async import Checkpointer
+from ciuic_async.options import WRITE
+object.__setattr__(WRITE, "encode_threads", 3)
+model = torch.nn.Linear(1500, 1500)
+checkpointer = Checkpointer({str(tmp_path / "chain")!r}, {{"model": model}})
+checkpointer.step()
+checkpointer.save()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    from ciuic_async import SnapshotChain
+
+    chain = SnapshotChain(tmp_path / "chain", create=False)
+    assert [snapshot.step for snapshot in chain] == [1]
+    assert chain.verify().ok
