@@ -63,6 +63,7 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
         self._stats: deque[SnapshotStats] = deque(maxlen=STATS_KEPT)
         self._mutex = threading.Lock()
+        self._swept = False
         self.parent: Parent | None = None
         """What the next snapshot comes from. Set by a restore, while nothing is on its way; else by the writer."""
 
@@ -112,8 +113,7 @@ class BackgroundWriter:
             job.windows.release_all(self._pool)
         self.parent = persisted.as_parent()
         self._durable(job, persisted, time.perf_counter() - started)
-        if self._keep is not None:
-            self._prune(self._keep)
+        self._tidy()
 
     def _durable(self, job: Job, persisted: Persisted, seconds: float) -> None:
         entry = persisted.entry
@@ -143,11 +143,18 @@ class BackgroundWriter:
             self._stats.append(job.stats)
         job.pending.failed(error)
 
-    def _prune(self, policy: Policy) -> None:
-        """Retention after a snapshot is durable; its failure is no failure of the snapshot."""
+    def _tidy(self) -> None:
+        """Retention after a snapshot is durable, and once a sweep of what crashed writers left.
+
+        Failing at it is no failure of the snapshot.
+        """
         try:
-            self._chain.prune(policy)
+            if self._keep is not None:
+                self._chain.prune(self._keep)
+            if not self._swept:
+                self._swept = True
+                self._chain.gc()
         except CiuicError as error:
-            logger.error("retention (%s) failed, nothing good was deleted: %s", policy.describe(), error)
+            logger.error("tidying up failed, nothing good was deleted: %s", error)
         except Exception:
-            logger.exception("retention (%s) failed, nothing good was deleted", policy.describe())
+            logger.exception("tidying up failed, nothing good was deleted")

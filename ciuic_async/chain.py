@@ -160,6 +160,18 @@ class SnapshotChain:
             return collect.gc(self._store, self._log)
         return collect.gc(self._store, self._log, orphan_age_s=orphan_age_s)
 
+    def rollback(self, ref: str, reason: str = "") -> Snapshot:
+        """Make an earlier snapshot the latest. Not in this version; ``Checkpointer.restore(ref)`` goes on from one."""
+        raise _not_available("rollback")
+
+    def tag(self, name: str, ref: str) -> None:
+        """Give a snapshot a name. Not in this version; ``Checkpointer.save(tags=...)`` tags when it is taken."""
+        raise _not_available("tag")
+
+    def diff(self, a: str, b: str) -> None:
+        """Compare two snapshots. Not in this version."""
+        raise _not_available("diff")
+
     def target(self) -> CommitTarget:
         """Where and under whose key this object commits; loads or makes the key. For the engine."""
         return CommitTarget(self._store, self._log, self._signing_key(), self._announcement)
@@ -216,6 +228,10 @@ class SnapshotChain:
     def _announcement(self) -> bytes:
         pin = self._file_reference if len(self._log) == 0 else None
         return KeyEntry(self.common(), self._signing_key().vkey(self._file.origin), pin).encode()
+
+
+def _not_available(name: str) -> UsageError:
+    return UsageError(f"SnapshotChain.{name}() is not available in this version", kind="not_available")
 
 
 class Snapshot:

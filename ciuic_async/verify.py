@@ -74,7 +74,8 @@ class _Walk:
     checked: set[str] = field(default_factory=set)
 
     def report(self, error: CiuicError, *, snapshot: str = "", tensor: str = "", where: str = "") -> None:
-        self.problems.append(Problem(error.kind, error.where or where, str(error), snapshot, tensor))
+        place = (error.where or where).partition(": ")[0]  # the file; the message has the field in it too
+        self.problems.append(Problem(error.kind, place, str(error), snapshot, tensor))
 
     def attempt(self, check: Callable[[], None], **place: str) -> bool:
         """Run one check; what it finds becomes a problem and the walk goes on."""
@@ -112,7 +113,7 @@ def verify_store(store: Store, *, deep: bool = True, listener: Listener | None =
         return _report(walk, 0, deep)
     audit = audit_log(store, chain.origin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in audit.problems]
-    _check_chain_file(walk, data, audit.entries)
+    _check_chain_file(walk, data, chain.origin, audit.entries)
     living = _check_history(walk, audit.entries)
     for number, entry in enumerate(living):
         _check_snapshot(walk, entry, deep=deep)
@@ -126,10 +127,21 @@ def _report(walk: _Walk, snapshots: int, deep: bool) -> VerifyReport:
     return VerifyReport(tuple(walk.problems), level, snapshots, walk.checked_bytes, tuple(walk.notes))
 
 
-def _check_chain_file(walk: _Walk, data: bytes, history: list[Entry]) -> None:
+def _check_chain_file(walk: _Walk, data: bytes, origin: str, history: list[Entry]) -> None:
     """Entry 0 is a key and pins ciuic.json."""
     if not history:
-        return  # a chain whose creator died before its first entry
+        # A chain whose creator died before its first entry has no problem. But one with entries that nobody can check
+        # has: with another origin in ciuic.json no signature holds.
+        if walk.problems:
+            walk.problems.append(
+                Problem(
+                    "not_pinned",
+                    layout.CHAIN_FILE,
+                    f"{layout.CHAIN_FILE}: names the log {origin}, of which no entry could be verified; either this "
+                    f"file was changed or {layout.slot(0)}",
+                )
+            )
+        return
     first = history[0]
     if not isinstance(first, KeyEntry) or first.chain is None:
         walk.problems.append(Problem("bad_history", "entry 0", "entry 0: does not pin ciuic.json with its first key"))
@@ -171,7 +183,11 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
     walk.checked_bytes += entry.manifest.size_bytes
     newest: Locator | None = None
     distinct = content.distinct_chunks()
-    generations = locator_generations(walk.store, entry.snapshot)
+    try:
+        generations = locator_generations(walk.store, entry.snapshot)
+    except CiuicError as error:
+        walk.report(error, snapshot=entry.snapshot)
+        return
     if not generations:
         name = layout.locator(entry.snapshot, 0)
         walk.problems.append(Problem("missing", name, f"{name}: is missing", entry.snapshot))
@@ -185,19 +201,12 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
         return
     names = _tensor_names(content)
     for segment in newest.segments():
-        size = walk.store.size(segment.path)
-        if size != segment.size_bytes:
-            kind, found = ("missing", "is missing") if size is None else ("truncated", f"has {size} bytes")
-            hit = next((names.get(c, "") for c, place in newest.chunks.items() if place.segment == segment), "")
-            walk.problems.append(
-                Problem(
-                    kind,
-                    segment.path,
-                    f"{segment.path}: {found}, expected {segment.size_bytes} bytes",
-                    entry.snapshot,
-                    hit,
-                )
-            )
+        hit = next((names.get(c, "") for c, place in newest.chunks.items() if place.segment == segment), "")
+        walk.attempt(
+            lambda segment=segment: _check_size(walk.store, segment),  # type: ignore[misc]
+            snapshot=entry.snapshot,
+            tensor=hit,
+        )
     if deep:
         _check_chunks(walk, entry, newest, distinct, names)
 
@@ -231,6 +240,15 @@ def _check_chunks(
             snapshot=entry.snapshot,
             tensor=names.get(chunk, ""),
             where=place.segment.path,
+        )
+
+
+def _check_size(store: Store, segment: SegmentReference) -> None:
+    size = store.size(segment.path)
+    if size != segment.size_bytes:
+        kind, found = ("missing", "is missing") if size is None else ("truncated", f"has {size} bytes")
+        raise IntegrityError(
+            f"{segment.path}: {found}, expected {segment.size_bytes} bytes", kind=kind, where=segment.path
         )
 
 

@@ -2,7 +2,7 @@
 
 A small GPT is trained once without interruption and without this engine. Then it is trained again in a child process
 that snapshots as it goes, is killed with SIGKILL at random moments, and is started again until it is done. Both must
-end with the same bits. At last, what a snapshot costs training is measured beside the usual ways of saving.
+end with the same bits. Finally, what a snapshot costs training is measured beside the usual ways of saving.
 
 Torch lives in the children only (``demo_training.py``, ``demo_table.py``): this process starts them and watches.
 """
@@ -334,6 +334,8 @@ def render(facts: dict[str, Any]) -> str:
     parts = ", ".join(name.replace("_", " ") for name in facts["compared"])
     if differing:
         lines.append(f"NOT IDENTICAL: the interrupted run differs in {', '.join(differing)}.")
+    elif not facts["verified"]:
+        lines.append("NOT VERIFIED: both runs ended with the same bits, but the chain has problems; see above.")
     else:
         times = "1 time" if facts["kills"] == 1 else f"{facts['kills']} times"
         lines.append(f"Identical: killed {times}, and bit for bit the uninterrupted run's {parts}.")
@@ -398,6 +400,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(facts)
         else:
+            print(f"$ ciuic log {chain}")
             log.run(argparse.Namespace(chain=chain, json=False, all=False, limit=None))
             print(f"\n{render(facts)}")
     finally:

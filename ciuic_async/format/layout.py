@@ -76,9 +76,15 @@ def entry_bundle(index: int, width: int = 256) -> str:
     return f"{TILES}/entries/{_index_path(index)}{_partial(width)}"
 
 
-def temporary() -> str:
-    """The name of a file that is not yet published."""
-    return f"{TEMPORARY}/{secrets.token_hex(16)}"
+def temporary(writer: bytes = b"") -> str:
+    """The name of a file that is not yet published: 16 hex digits that tell whose it is, then random ones."""
+    whose = writer[:8].hex().ljust(16, "0")
+    return f"{TEMPORARY}/{whose}{secrets.token_hex(8)}"
+
+
+def is_temporary_of(name: str, writer: bytes) -> bool:
+    """Whether ``temporary(writer)`` made the last component of ``name``."""
+    return name.rpartition("/")[2].startswith(writer[:8].hex().ljust(16, "0"))
 
 
 def owner(name: str) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ciuic_async.codecs.base import Codec
 from ciuic_async.errors import IntegrityError
 from ciuic_async.format import entry as entries
-from ciuic_async.format import layout, manifest
+from ciuic_async.format import layout, manifest, merkle
 from ciuic_async.format.chain_file import ChainFile
 from ciuic_async.format.digest import digest
 from ciuic_async.format.entry import Common, SnapshotEntry
@@ -160,12 +160,14 @@ class Persister:
                 stored_bytes=written.size_bytes,
             )
             rewriter = _Rewriter(self._target, self._codec, request, kept, written.next_number, order)
-            index = commit(self._target, encoded_manifest, written, where, entry.encode(), rewriter.ensure)
+            data = entry.encode()
+            index = commit(self._target, encoded_manifest, written, where, data, rewriter.ensure)
         except BaseException:
             writer.abort()
             raise
         final = rewriter.current or where
-        return Persisted(index, entry, self._target.log.leaf_hash(index), final.chunks, deduplicated)
+        # Not asked of the log: a read that fails now must not make a durable snapshot look like a failed one.
+        return Persisted(index, entry, merkle.leaf_hash(data), final.chunks, deduplicated)
 
     def _encoded(
         self, window: StagedWindow, known: Mapping[bytes, ChunkLocation]

@@ -135,7 +135,11 @@ class Store(Protocol):
         """Remove a name; one that is not there is no error. Durability may lag: deletion is repeated by the next gc."""
 
     def sweep_unpublished(self, older_than_s: float) -> int:
-        """Remove unpublished files of dead writers that are older than this many seconds; how many there were."""
+        """Remove unpublished files of dead writers; how many there were.
+
+        A file whose writer is known to live stays; one whose writer is known to be dead goes; one of which nothing is
+        known goes when it is older than this many seconds.
+        """
 
     def now_s(self) -> float:
         """The store's clock, comparable to ``Listed.modified_s``."""

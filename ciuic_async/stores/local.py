@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import stat
 import threading
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from ciuic_async.errors import CommitConflictError, IntegrityError, InternalError, NotFoundError, StoreError
 from ciuic_async.format import layout
-from ciuic_async.format.digest import Buffer
+from ciuic_async.format.digest import Buffer, digest
 from ciuic_async.stores.advice import advice, store_error
 from ciuic_async.stores.base import Capabilities, Listed, Unpublished, check_name
 
@@ -159,13 +160,15 @@ class LocalStore:
         check_name(name)
         with self._errors(name, writing=True):
             folder = self._folder(layout.TEMPORARY, create=True)
-            temporary = os.path.basename(layout.temporary())
+            temporary = os.path.basename(layout.temporary(_HOST))
             try:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                 descriptor = os.open(temporary, flags, 0o666, dir_fd=folder)
             except OSError:
                 _close(folder)
                 raise
+            with suppress(OSError):  # held until the file is closed: tells a sweep that its writer lives
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return _LocalFile(self, name, folder, temporary, descriptor)
 
     def publish(self, files: Sequence[Unpublished]) -> None:
@@ -189,10 +192,13 @@ class LocalStore:
         with suppress(NotFoundError), self._errors(layout.TEMPORARY):
             folder = self._folder(layout.TEMPORARY)
             try:
-                limit = self.now_s() - older_than_s
+                now = self.now_s()
                 for base in sorted(os.listdir(folder)):
                     with suppress(FileNotFoundError, IsADirectoryError):  # a folder in tmp/ is not ours
-                        if os.stat(base, dir_fd=folder, follow_symlinks=False).st_mtime <= limit:
+                        age_s = now - os.stat(base, dir_fd=folder, follow_symlinks=False).st_mtime
+                        alive = _writer_lives(folder, base)
+                        limit_s = older_than_s if alive is None else min(older_than_s, _LOCK_GRACE_S)
+                        if not alive and age_s >= limit_s:
                             os.unlink(base, dir_fd=folder)
                             removed += 1
             finally:
@@ -461,6 +467,39 @@ def _close(descriptor: int) -> None:
     """Close; fsync has spoken and what was read is at hand: an error of close changes nothing."""
     with suppress(OSError):
         os.close(descriptor)
+
+
+def _writer_lives(folder: int, base: str) -> bool | None:
+    """Whether the writer of an unpublished file is alive; None if that cannot be known from here.
+
+    Locks are reliable only on the machine that took them: some network file systems keep them to themselves.
+    """
+    if not layout.is_temporary_of(base, _HOST):
+        return None
+    try:
+        descriptor = os.open(base, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return True if error.errno == errno.EWOULDBLOCK else None
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> bytes:
+    """This machine since it was started: what a lock is good for."""
+    try:
+        return digest(Path("/proc/sys/kernel/random/boot_id").read_bytes())[:8]
+    except OSError:
+        return secrets.token_bytes(8)
+
+
+_HOST = _host()
+_LOCK_GRACE_S = 60.0
+"""Between making an unpublished file and locking it nobody may take it for a dead writer's."""
 
 
 def _fsync_path(path: Path) -> None:

@@ -288,8 +288,11 @@ class _Audit:
                     present = self.store.size(name) is not None or (
                         tile.width < WIDTH and self.store.size(self._full_name(name)) is not None
                     )
-                except CiuicError:
-                    continue  # a problem that reading the file has named already
+                except CiuicError as error:
+                    # Reading a listed file has named it already; a folder in a file's place is not listed.
+                    if not any(problem.where == name for problem in self.result.problems):
+                        self._problem(error.kind, name, str(error))
+                    continue
                 if not present:
                     self._problem("missing", name, f"the log head for {size} entries needs it")
 

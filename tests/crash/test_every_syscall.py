@@ -135,6 +135,19 @@ def test_a_failed_fsync_of_the_commit_is_never_reported_durable(bench: Bench) ->
         shutil.rmtree(chain)
 
 
+def test_after_the_claim_nothing_fails_a_snapshot(bench: Bench) -> None:
+    """Once its slot is durable a snapshot is: whatever fails in tiles, log head or retention, it is reported durable."""
+    chain, clean = bench.save()
+    shutil.rmtree(chain)
+    slots = [number for number, name in enumerate(clean.calls, 1) if re.fullmatch(r"link>\d{20}", name)]
+    claimed = next(number for number in range(slots[0], len(clean.calls)) if clean.calls[number - 1] == "fsync")
+    for offset in spread(slots[1] - claimed, 40):  # up to the prune entry's slot
+        chain, outcome = bench.save(Fault(claimed + offset, "EIO"))
+        assert not outcome.failed, f"{clean.calls[claimed + offset - 1]} at call {claimed + offset}: {outcome.failed}"
+        check(chain, outcome.durable, save_again=False)
+        shutil.rmtree(chain)
+
+
 def test_a_kill_before_any_change_of_the_disk_loses_nothing(bench: Bench) -> None:
     """SIGKILL before each call that changes the disk: what was reported durable loads, and the next start works."""
     chain, clean = bench.save()

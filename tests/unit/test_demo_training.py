@@ -304,6 +304,7 @@ def test_the_verdict_is_the_last_line_and_names_what_differs() -> None:
     assert "\x1b" not in text
     different = render(facts(compared={"parameters": True, "loss_curve": False}))
     assert different.splitlines()[-1] == "NOT IDENTICAL: the interrupted run differs in loss curve."
+    assert render(facts(verified=False)).splitlines()[-1].startswith("NOT VERIFIED")
 
 
 def test_a_busy_machine_is_said_to_be_busy() -> None:

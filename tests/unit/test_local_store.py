@@ -7,8 +7,10 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -303,7 +305,8 @@ def test_an_unpublished_file_that_was_swept(folder: Path) -> None:
     """Publishing a file whose temporary name is gone is a StoreError; nothing gets the name."""
     store = LocalStore(folder)
     file = store.begin(layout.slot(0))
-    assert store.sweep_unpublished(0.0) == 1
+    for path in (folder / "tmp").iterdir():
+        path.unlink()
     with pytest.raises(StoreError) as caught:
         store.publish([file])
     assert (caught.value.kind, caught.value.where) == ("enoent", layout.slot(0))
@@ -327,6 +330,29 @@ def test_sweep_takes_old_unpublished_files_only(folder: Path) -> None:
     store.publish([young])
     assert os.listdir(folder / "tmp") == ["folder"]
     assert store.size(layout.slot(0)) == 0
+
+
+def test_sweep_tells_dead_writers_from_living_ones(folder: Path) -> None:
+    """However old, the file of a living writer stays; that of one killed on this machine goes after a minute."""
+    store = LocalStore(folder)
+    living = store.begin(layout.slot(0))
+    program = f"""
+import os, signal
+from ciuic_async.stores.local import LocalStore
+file = LocalStore({str(folder)!r}).begin({layout.slot(1)!r})
+file.write(b"half")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == -signal.SIGKILL
+    assert len(os.listdir(folder / "tmp")) == 2
+    assert store.sweep_unpublished(3600.0) == 0
+    long_ago = time.time() - 120
+    for name in os.listdir(folder / "tmp"):
+        os.utime(folder / "tmp" / name, (long_ago, long_ago))
+    assert store.sweep_unpublished(3600.0) == 1
+    assert store.sweep_unpublished(0.0) == 0
+    store.publish([living])
+    assert os.listdir(folder / "tmp") == []
 
 
 def test_a_dropped_file_cleans_up_after_itself(folder: Path) -> None:

@@ -1,0 +1,422 @@
+"""Restoring: what does not fit changes nothing, what is damaged is passed over or refused, and memory stays bounded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ciuic_async
+from ciuic_async import (
+    Checkpointer,
+    CiuicWarning,
+    IntegrityError,
+    NotFoundError,
+    SnapshotChain,
+    TargetMismatchError,
+    UsageError,
+)
+from ciuic_async.format import layout
+from tests.strategies import fingerprint
+
+
+def _flip(path: Path, at: int) -> None:
+    """Change one bit of a file that the chain has made read-only."""
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _state() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "plain": [1]}
+
+
+def _values(state: dict[str, Any]) -> Any:
+    return fingerprint(
+        [value.state_dict() if hasattr(value, "state_dict") else value for value in state.values()]
+        + [torch.get_rng_state()]
+    )
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def _smaller(state: dict[str, Any]) -> None:
+    state["model"][2] = nn.Linear(8, 3)
+
+
+def _other_dtype(state: dict[str, Any]) -> None:
+    state["model"][0].bfloat16()
+
+
+def _more_layers(state: dict[str, Any]) -> None:
+    state["model"].append(nn.Linear(2, 2))
+
+
+def _fewer_layers(state: dict[str, Any]) -> None:
+    del state["model"][2]
+
+
+def _newly_tied(state: dict[str, Any]) -> None:
+    state["model"][0].bias = state["model"][1].bias
+
+
+def _buffer_emptied(state: dict[str, Any]) -> None:
+    state["model"][1].running_mean = torch.empty(0)
+
+
+def _more_objects(state: dict[str, Any]) -> None:
+    state["ema"] = nn.Linear(1, 1)
+
+
+def _fewer_objects(state: dict[str, Any]) -> None:
+    del state["plain"]
+
+
+def _fewer_parameters(state: dict[str, Any]) -> None:
+    state["optimizer"] = torch.optim.SGD(list(state["model"].parameters())[:2], lr=0.1)
+
+
+def _more_groups(state: dict[str, Any]) -> None:
+    parameters = list(state["model"].parameters())
+    state["optimizer"] = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=0.1)
+
+
+MISMATCHES: dict[str, tuple[Callable[[dict[str, Any]], None], list[str]]] = {
+    "shape": (_smaller, ["model.2.weight: shape [2, 8]", "model.2.bias: shape [2]"]),
+    "dtype": (_other_dtype, ["model.0.weight: dtype float32 in the snapshot, bfloat16", "model.0.bias"]),
+    "missing": (_more_layers, ["model.3.weight: missing", "model.3.bias: missing"]),
+    "unexpected": (_fewer_layers, ["model.2.weight: unexpected", "model.2.bias: unexpected"]),
+    "newly tied": (_newly_tied, ["model.1.bias: shares its memory"]),
+    "emptied": (_buffer_emptied, ["model.1.running_mean: shape [8]"]),
+    "more objects": (_more_objects, ["ema: not in the snapshot"]),
+    "fewer objects": (_fewer_objects, ["plain: in the snapshot, but not"]),
+    "fewer parameters": (_fewer_parameters, ["optimizer.param_groups.0: 6 parameters in the snapshot, 2"]),
+    "more groups": (_more_groups, ["optimizer: 1 parameter groups in the snapshot, 2"]),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_mismatch_is_listed_and_changes_nothing(name: str, tmp_path: Path) -> None:
+    """The TargetMismatchError names every difference; no bit of any object, nor of the generators, is changed."""
+    change, says = MISMATCHES[name]
+    with Checkpointer(tmp_path / "chain", _state()) as ckpt:
+        ckpt.save()
+    state = _state()
+    change(state)
+    with Checkpointer(tmp_path / "chain", state) as ckpt:
+        before = _values(state)
+        with pytest.raises(TargetMismatchError) as mismatch:
+            ckpt.restore()
+        assert _values(state) == before
+    for text in says:
+        assert text in str(mismatch.value)
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_without_strict_what_fits_is_loaded(name: str, tmp_path: Path) -> None:
+    """strict=False loads every entry that fits, and reports the others in Progress.mismatches."""
+    change, says = MISMATCHES[name]
+    saved = _state()
+    with Checkpointer(tmp_path / "chain", saved) as ckpt:
+        ckpt.save()
+    state = _state()
+    change(state)
+    with Checkpointer(tmp_path / "chain", state) as ckpt:
+        progress = ckpt.restore(strict=False)
+    assert progress is not None
+    for text in says:
+        assert any(text in found for found in progress.mismatches)
+    expected, found = saved["model"].state_dict(), state["model"].state_dict()
+    fits = [
+        key for key in expected if key in found and not any(f"model.{key}:" in text for text in progress.mismatches)
+    ]
+    if name == "newly tied":
+        fits.remove("1.bias" if "1.bias" in fits else "0.bias")
+    assert len(fits) >= 5
+    for key in fits:
+        assert fingerprint(found[key]) == fingerprint(expected[key]), key
+
+
+def test_every_difference_is_listed_at_once(tmp_path: Path) -> None:
+    """One error lists the differences of all objects."""
+    with Checkpointer(tmp_path / "chain", _state()) as ckpt:
+        ckpt.save()
+    state = _state()
+    for change in (_smaller, _more_objects, _fewer_objects, _more_groups):
+        change(state)
+    with Checkpointer(tmp_path / "chain", state) as ckpt, pytest.raises(TargetMismatchError) as mismatch:
+        ckpt.restore()
+    for text in ("model.2.weight", "ema", "plain", "optimizer"):
+        assert text in str(mismatch.value)
+
+
+def test_an_object_that_refuses_its_state_is_named(tmp_path: Path) -> None:
+    """What load_state_dict raises becomes a TargetMismatchError with its cause."""
+
+    class Picky:
+        def state_dict(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise KeyError("too old")
+
+    with Checkpointer(tmp_path / "chain", {"picky": Picky()}) as ckpt:
+        ckpt.save()
+        with pytest.raises(TargetMismatchError, match="picky.*Picky.*too old") as mismatch:
+            ckpt.restore()
+    assert isinstance(mismatch.value.__cause__, KeyError)
+
+
+def test_a_one_off_snapshot_of_a_single_tree_is_no_training_state(tmp_path: Path) -> None:
+    """restore() of what save() stored as one list says how to load it instead."""
+    ciuic_async.save([1, 2], tmp_path / "chain")
+    with Checkpointer(tmp_path / "chain", {"n": 1}) as ckpt, pytest.raises(TargetMismatchError, match="load"):
+        ckpt.restore()
+
+
+def test_a_state_mapping_that_cannot_change_is_copied(tmp_path: Path) -> None:
+    """With an immutable mapping the objects are restored all the same."""
+    from types import MappingProxyType
+
+    model = nn.Linear(2, 2)
+    with Checkpointer(tmp_path / "chain", MappingProxyType({"model": model, "n": 1})) as ckpt:
+        ckpt.save()
+        expected = fingerprint(model.state_dict())
+        model.weight.data.zero_()
+        ckpt.restore()
+    assert fingerprint(model.state_dict()) == expected
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def _three(chain: Path, weight: torch.Tensor) -> list[str]:
+    with Checkpointer(chain, {"w": weight}, every_steps=1, codec="raw", rng=False) as ckpt:
+        pendings = []
+        for value in range(1, 4):
+            weight.fill_(value)
+            pendings.append(ckpt.step(batch=value))
+        return [pending.wait_durable(30).id for pending in pendings if pending is not None]
+
+
+def _flip_segment(chain: Path, snapshot: str) -> None:
+    _flip(chain / layout.segment(snapshot, 0, 0), 5000)
+
+
+def _delete_segment(chain: Path, snapshot: str) -> None:
+    (chain / layout.segment(snapshot, 0, 0)).unlink()
+
+
+def _delete_root(chain: Path, snapshot: str) -> None:
+    (chain / "manifests" / snapshot / "root.json").unlink()
+
+
+def _flip_part(chain: Path, snapshot: str) -> None:
+    _flip(next(p for p in (chain / "manifests" / snapshot).iterdir() if p.name != "root.json"), 40)
+
+
+def _delete_locator(chain: Path, snapshot: str) -> None:
+    (chain / layout.locator(snapshot, 0)).unlink()
+
+
+DAMAGE = [_flip_segment, _delete_segment, _delete_root, _flip_part, _delete_locator]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__[1:])
+def test_latest_falls_back_over_damage(damage: Callable[[Path, str], None], tmp_path: Path) -> None:
+    """The newest good snapshot is restored; a warning and Progress.skipped name what was passed over and why."""
+    chain, weight = tmp_path / "chain", torch.zeros(5000)
+    ids = _three(chain, weight)
+    damage(chain, ids[2])
+    weight.fill_(9)
+    with Checkpointer(chain, {"w": weight}, rng=False) as ckpt:
+        with pytest.warns(CiuicWarning, match=ids[2]):
+            progress = ckpt.restore()
+        assert progress is not None
+        assert progress.snapshot.id == ids[1]
+        assert (progress.step, progress.batch) == (2, 2)
+        assert [snapshot for snapshot, _ in progress.skipped] == [ids[2]]
+        assert weight.tolist() == [2.0] * 5000
+        after = ckpt.save().wait_durable(30)
+    assert after.parent == ids[1]
+    assert torch.equal(after.load()["w"], weight), "what follows does not lean on the damaged one"
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__[1:])
+def test_a_named_snapshot_never_falls_back(damage: Callable[[Path, str], None], tmp_path: Path) -> None:
+    """An explicit ref means that snapshot: damage is an IntegrityError, and load() falls back nowhere."""
+    chain, weight = tmp_path / "chain", torch.zeros(5000)
+    ids = _three(chain, weight)
+    damage(chain, ids[2])
+    with Checkpointer(chain, {"w": weight}, rng=False) as ckpt:
+        for ref in (ids[2], "step:3"):
+            with pytest.raises(IntegrityError):
+                ckpt.restore(ref)
+        assert ckpt.restore("step:2") is not None
+    with pytest.raises(IntegrityError):
+        ciuic_async.load(chain)
+
+
+def test_when_nothing_is_good_it_says_so(tmp_path: Path) -> None:
+    """All damaged: every snapshot is tried and warned about, then an IntegrityError tells what to do."""
+    chain, weight = tmp_path / "chain", torch.zeros(5000)
+    for snapshot in _three(chain, weight):
+        _flip_segment(chain, snapshot)
+    with Checkpointer(chain, {"w": weight}, rng=False) as ckpt:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(IntegrityError, match=r"none of 3 snapshots.*ciuic verify"):
+                ckpt.restore()
+        assert len([w for w in caught if w.category is CiuicWarning]) == 3
+
+
+def test_damage_names_the_tensor(tmp_path: Path) -> None:
+    """The IntegrityError says which tensor in which file."""
+    state = {"model": {"good": torch.zeros(100_000), "bad": torch.ones(100_000)}}
+    snapshot = ciuic_async.save(state, tmp_path / "chain", codec="raw")
+    path = tmp_path / "chain" / layout.segment(snapshot.id, 0, 0)
+    at = path.read_bytes().index(torch.ones(8).numpy().tobytes())
+    _flip(path, at + 1000)
+    with pytest.raises(IntegrityError, match=r"model\.bad") as damage:
+        ciuic_async.load(tmp_path / "chain")
+    assert damage.value.where == layout.segment(snapshot.id, 0, 0)
+    assert torch.equal(ciuic_async.load(tmp_path / "chain", only="model.good")["model"]["good"], torch.zeros(100_000))
+
+
+# --- where training stands --------------------------------------------------------------------------------------------
+
+
+POSITIONS: list[Any] = [
+    0,
+    -1,
+    2**70,
+    "epoch 3",
+    {"shard": 7, "offset": (1, 2)},
+    (1, "a"),
+    2.5,
+    None,
+    True,
+    "x" * 5000,
+    "a\nb",
+]
+
+
+@pytest.mark.parametrize("value", POSITIONS, ids=range(len(POSITIONS)))
+def test_epoch_and_batch_come_back_verbatim(value: Any, tmp_path: Path) -> None:
+    """Whatever plain value they are, type and content are the same; so is the step."""
+    with Checkpointer(tmp_path / "chain", {"n": 1}, every_steps=1) as ckpt:
+        ckpt.step(epoch=value, batch=[value])
+    with Checkpointer(tmp_path / "chain", {"n": 1}) as ckpt:
+        progress = ckpt.restore()
+        assert progress is not None
+        assert (progress.step, type(progress.epoch)) == (1, type(value))
+        assert fingerprint([progress.epoch, progress.batch]) == fingerprint([value, [value]])
+        ckpt.save()
+        again = ckpt.restore()
+        assert again is not None
+        assert again.epoch == value
+
+
+def test_a_fresh_start_is_none(tmp_path: Path) -> None:
+    """Without a snapshot restore() gives None, but a ref is asked for in vain."""
+    with Checkpointer(tmp_path / "chain", {"n": 1}) as ckpt:
+        assert ckpt.restore() is None
+        with pytest.raises(NotFoundError, match="holds no snapshot yet"):
+            ckpt.restore("step:3")
+
+
+def test_another_environment_is_named(tmp_path: Path) -> None:
+    """A different number of threads changes sums: the warning says what was and what is."""
+    threads = torch.get_num_threads()
+    with Checkpointer(tmp_path / "chain", {"n": 1}) as ckpt:
+        ckpt.save()
+    torch.set_num_threads(threads + 1)
+    try:
+        with (
+            Checkpointer(tmp_path / "chain", {"n": 1}) as ckpt,
+            pytest.warns(CiuicWarning, match=rf"threads {threads} -> {threads + 1}"),
+        ):
+            ckpt.restore()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_counting_goes_on_after_a_restore(tmp_path: Path) -> None:
+    """Steps go on from the restored one, on the same schedule, and the new snapshot's parent is the restored one."""
+    with Checkpointer(tmp_path / "chain", {"n": 1}, every_steps=2) as ckpt:
+        for _ in range(5):
+            ckpt.step()
+        ckpt.restore("step:2")
+        assert ckpt.step() is None
+        pending = ckpt.step()
+        assert pending is not None
+        snapshot = pending.wait_durable(30)
+    assert snapshot.step == 4
+    chain = SnapshotChain(tmp_path / "chain")
+    assert [found.step for found in chain] == [2, 4, 4]
+    assert snapshot.parent == next(iter(chain)).id
+
+
+def test_a_missing_generator_state_is_reported(tmp_path: Path) -> None:
+    """A snapshot without random numbers restores, and Progress.mismatches says so."""
+    with Checkpointer(tmp_path / "chain", {"n": 1}, rng=False) as ckpt:
+        ckpt.save()
+    with Checkpointer(tmp_path / "chain", {"n": 1}) as ckpt:
+        progress = ckpt.restore()
+    assert progress is not None
+    assert "rng=False" in progress.mismatches[0]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+RESTORE_IN_LITTLE_MEMORY = """
+    import resource, sys, threading
+    import torch, ciuic_async
+
+    def high_water():
+        return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.rand(1 << 20)) for _ in range(48)])  # 192 MB
+    with ciuic_async.Checkpointer(sys.argv[1], {"model": model}) as ckpt:
+        if sys.argv[2] == "save":
+            ckpt.save()
+        else:
+            open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
+            before = high_water()
+            assert ckpt.restore() is not None
+            print(high_water() - before)
+"""
+
+
+@pytest.mark.slow
+def test_restoring_a_model_takes_no_second_model(tmp_path: Path) -> None:
+    """192 MB of parameters are filled with less than a third of that in further memory at any time."""
+    grown = ""
+    for action in ("save", "restore"):
+        grown = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(RESTORE_IN_LITTLE_MEMORY), str(tmp_path / "chain"), action],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    assert int(grown) < 64 << 20
+
+
+def test_a_ref_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
+    """An empty ref means nothing."""
+    with Checkpointer(tmp_path / "chain", {"n": 1}) as ckpt, pytest.raises(UsageError):
+        ckpt.restore("")
