@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -138,6 +139,7 @@ class BackgroundWriter:
         job.pending.durable(Snapshot(self._chain, Line(persisted.index, entry, persisted.leaf_hash)))
 
     def _failed(self, job: Job, error: CiuicError) -> None:
+        _forget_locals(error)
         logger.error("snapshot of step %s failed: %s", job.request.step, error)
         with self._mutex:
             self._stats.append(job.stats)
@@ -158,3 +160,10 @@ class BackgroundWriter:
             logger.error("tidying up failed, nothing good was deleted: %s", error)
         except Exception:
             logger.exception("tidying up failed, nothing good was deleted")
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Empty the frames of a failure: whoever keeps the error must not keep the staged memory that they refer to."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -31,7 +31,7 @@ class Level(enum.IntEnum):
     HIGH = 2
 
 
-class Word(str, enum.Enum):  # noqa: UP042: the older way to write it must work too
+class Word(str, enum.Enum):  # noqa: UP042 - the older way to write it must work too
     A = "a"
 
 
@@ -107,11 +107,12 @@ def numpy_array(dtype: str, shape: tuple[int, ...], seed: int, order: str = "C")
     kind = np.dtype(dtype)
     count = int(np.prod(shape))
     data = np.random.default_rng(seed).bytes(count * kind.itemsize)
-    if kind.kind == "?" or kind == np.bool_:
+    if kind == np.bool_:
         data = bytes(byte & 1 for byte in data)
     if kind.kind == "U":  # code points must exist
         data = "".join(chr(byte) for byte in data[: count * 2]).encode("utf-32-le")
-    return np.asarray(np.frombuffer(data, kind).reshape(shape).copy(order), order=order)  # type: ignore[call-overload]
+    array = np.frombuffer(data, kind).reshape(shape)
+    return np.asfortranarray(array.copy()) if order == "F" else array.copy()
 
 
 def arrays() -> st.SearchStrategy[np.ndarray[Any, Any]]:
@@ -182,7 +183,7 @@ def families(draw: st.DrawFn) -> State:
         low = draw(st.integers(0, (size - item) // item)) * item
         high = low + draw(st.integers(1, (size - low) // item)) * item
         view = empty((0,), DTYPES[dtype], "cpu")
-        view.set_(base.untyped_storage(), low // item, ((high - low) // item,), (1,))  # type: ignore[call-overload]
+        view.set_(base.untyped_storage(), low // item, ((high - low) // item,), (1,))
         members.append(_as_leaf(draw, view[:: draw(st.integers(1, 2))], dtype))
     return State(members)
 
@@ -254,7 +255,7 @@ def _with_metadata(items: dict[Any, Any]) -> collections.OrderedDict[Any, Any]:
 def bits(tensor: torch.Tensor) -> bytes:
     """The elements of a tensor in row-major order, byte for byte, read around torch's operators."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    memory = torch.empty(0, dtype=torch.uint8).set_(plain.untyped_storage()).numpy()  # type: ignore[call-overload]
+    memory = torch.empty(0, dtype=torch.uint8).set_(plain.untyped_storage()).numpy()
     item = plain.element_size()
     if not plain.numel():
         return b""

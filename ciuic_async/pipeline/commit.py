@@ -26,6 +26,9 @@ from ciuic_async.stores.base import Store, Unpublished
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
 
+_REFUSED = frozenset({"enospc", "edquot", "efbig", "emfile", "enfile", "erofs", "eacces", "eperm"})
+"""Errors of a claim that a local disk gives before it does anything: nothing was claimed, and nothing will be."""
+
 
 @dataclass(frozen=True, slots=True)
 class CommitTarget:
@@ -79,9 +82,9 @@ def commit(
             return [entry]
 
         return target.log.append(before_claim, target.key, announce=target.announce)
-    except BaseException:
+    except BaseException as error:
         # Once a claim was tried, its outcome may be unknown, and another reader may already count on these files.
-        if not claiming:
+        if not claiming or (isinstance(error, StoreError) and error.kind in _REFUSED):
             withdraw(store, published)
         raise
 

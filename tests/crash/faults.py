@@ -4,8 +4,8 @@ A *forge* (``save_once.py``) is a process that has imported everything once. It 
 child saves, meets its fault, and says what became durable. The test then opens what is left in its own process.
 
 Faults come in two ways. ``FaultyOs`` stands in for the ``os`` module of those modules that touch the disk, counts the
-calls and lets the n-th one fail, fall short or kill the process. ``Forge.run(trace=...)`` attaches strace instead, which
-sees the native writer too.
+calls and lets the n-th one fail, fall short or kill the process. ``Forge.run(trace=...)`` attaches strace instead,
+which sees the native writer too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COUNTED = (
 """Calls of the ``os`` module that can be made to fail: all that the local store uses."""
 
 
-# --- one fault in this process ------------------------------------------------------------------------------------------
+# --- one fault in this process ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def _strike(fault: Fault, name: str, real: Callable[..., Any], args: Any, kwargs
     raise OSError(number, os.strerror(number))
 
 
-# --- the state that is saved ---------------------------------------------------------------------------------------------
+# --- the state that is saved ------------------------------------------------------------------------------------------
 
 
 def state_at(step: int) -> dict[str, Any]:
@@ -123,11 +123,15 @@ def same(found: Any, expected: Any) -> bool:
             and found.reshape(-1).view(torch.uint8).equal(expected.reshape(-1).view(torch.uint8))
         )
     if isinstance(expected, dict):
-        return isinstance(found, dict) and list(found) == list(expected) and all(same(found[k], expected[k]) for k in found)
+        return (
+            isinstance(found, dict)
+            and list(found) == list(expected)
+            and all(same(found[k], expected[k]) for k in found)
+        )
     return type(found) is type(expected) and bool(found == expected)
 
 
-# --- experiments in children ---------------------------------------------------------------------------------------------
+# --- experiments in children ------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -143,6 +147,8 @@ class Outcome:
     lines: list[str] = field(default_factory=list)
     status: int = 0
     """As ``os.waitpid`` gives it."""
+    traced: bool = False
+    """strace was attached; it may not be allowed to."""
 
     @property
     def killed(self) -> bool:
@@ -203,6 +209,7 @@ class Forge:
         }
         self._say(json.dumps(request))
         outcome = Outcome()
+        tracer: subprocess.Popen[bytes] | None = None
         while not (line := self._line()).startswith("end "):
             words = line.split(" ", 3)
             if words[0] == "ready":
@@ -215,10 +222,9 @@ class Forge:
                 continue
             note_line(outcome, line)
         outcome.status = int(line.split()[1])
-        if trace:
+        if tracer is not None:
             tracer.wait(timeout=30)
-            assert tracer.stderr is not None
-            tracer.stderr.close()
+            outcome.traced = True
         return outcome
 
     def close(self) -> None:
@@ -254,13 +260,21 @@ def note_line(outcome: Outcome, line: str) -> None:
         outcome.calls = words[1].split(",")
 
 
-def _attach(arguments: Sequence[str], pid: int) -> subprocess.Popen[bytes]:
-    """strace on all threads of ``pid``; on return it is attached."""
+def _attach(arguments: Sequence[str], pid: int) -> subprocess.Popen[bytes] | None:
+    """strace on all threads of ``pid``, attached on return; None where that is not allowed."""
     tracer = subprocess.Popen(["strace", "-f", *arguments, "-p", str(pid)], stderr=subprocess.PIPE)
-    assert tracer.stderr is not None
-    first = tracer.stderr.readline()
-    assert b"attached" in first, f"strace did not attach: {first!r}"
-    threading.Thread(target=tracer.stderr.read, daemon=True).start()
+    said = tracer.stderr
+    assert said is not None
+    attached = b"attached" in said.readline()
+
+    def drain() -> None:
+        with said:
+            said.read()
+
+    threading.Thread(target=drain, daemon=True).start()
+    if not attached:
+        tracer.wait(timeout=30)
+        return None
     return tracer
 
 
@@ -286,7 +300,7 @@ def fast_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- what must hold afterwards -------------------------------------------------------------------------------------------
+# --- what must hold afterwards ----------------------------------------------------------------------------------------
 
 
 def check(folder: Path, durable: Mapping[int, str], *, kept: int = KEPT, save_again: bool = True) -> set[int]:

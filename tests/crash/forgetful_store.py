@@ -44,7 +44,7 @@ class RecordingOs:
     Attributes:
         operations: the log.
         calls: how many calls there were that change the disk or sync it.
-        dies_after: from the call after this one on, nothing reaches the disk any more: the process is as good as killed.
+        dies_after: from the call after this one on nothing reaches the disk: the process is as good as killed.
             None: it lives.
     """
 
@@ -211,7 +211,9 @@ class Disk:
         if how != "mixed":
             return content[: len(content) // 2]
         cut = dice.randrange(len(content) + 1)
-        return dice.choice([b"", content[:cut], bytes(len(content)), content[:cut] + bytes(len(content) - cut), content])
+        return dice.choice(
+            [b"", content[:cut], bytes(len(content)), content[:cut] + bytes(len(content) - cut), content]
+        )
 
 
 def lay_out(state: dict[str, bytes | None], folder: Path) -> None:

@@ -181,5 +181,5 @@ def test_the_model_forgets_what_was_not_synced(folder: Path, monkeypatch: pytest
             disk.apply(operation)
     state = disk.after_power_loss("lost", random.Random(0))
     assert len(disk.durable) == STEPS
-    with pytest.raises(AssertionError, match="gone|not in the chain"):
+    with pytest.raises(AssertionError, match=r"gone|not in the chain"):
         judge(folder / "state", state, dict(disk.durable))

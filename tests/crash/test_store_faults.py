@@ -150,7 +150,7 @@ class Run:
         self.chain.prune(KeepLatest(1))
 
     def judge(self) -> None:
-        """At most the one call's work failed, and everything that was reported is there, for this process and others."""
+        """At most the one call's work failed; all that was reported is there, for this process and for others."""
         assert len(self.failures) <= 1, self.failures
         assert all(error.kind == "unavailable" for error in self.failures), self.failures
         assert self.chain is not None

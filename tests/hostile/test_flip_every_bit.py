@@ -97,9 +97,7 @@ def victim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Victim]:
     with fast_folder() as folder:
         chain = folder / "chain"
         states = {ciuic_async.save(small_state(step), chain).id: small_state(step) for step in (1, 2, 3)}
-        files = {
-            str(path.relative_to(chain)): path.read_bytes() for path in sorted(chain.rglob("*")) if path.is_file()
-        }
+        files = {str(path.relative_to(chain)): path.read_bytes() for path in sorted(chain.rglob("*")) if path.is_file()}
         made = Victim(chain, states, files)
         assert made.problems() == ()
         assert made.load_all() == len(states)
@@ -196,7 +194,7 @@ def test_swapped_and_replaced_files_are_found(victim: Victim) -> None:
 
 def test_a_whole_snapshot_put_back_as_another_is_found(victim: Victim) -> None:
     """All files of an older snapshot under a newer one's names: consistent among themselves, and yet refused."""
-    oldest, newest = list(victim.states)[0], list(victim.states)[-1]
+    oldest, *_, newest = victim.states
     changed = []
     for name in [name for name in victim.files if layout.owner(name) == oldest]:
         target = name.replace(oldest, newest)

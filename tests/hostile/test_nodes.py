@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -215,10 +216,10 @@ def test_a_virtual_view_takes_no_memory() -> None:
 
 
 TAGS = [
-    "int float complex str_hex range enum torch.Size torch.dtype torch.layout torch.memory_format torch.device numpy.dtype",
-    "numpy.scalar dict tuple set frozenset deque slice ordered_dict default_dict namedtuple numpy.array str bytes bytearray",
-    "json tensor name dtype maxlen metadata factory type fields shape order view requires_grad parameter stride",
-    "offset_elements",
+    "int float complex str_hex range enum torch.Size torch.dtype torch.layout torch.memory_format torch.device",
+    "numpy.dtype numpy.scalar dict tuple set frozenset deque slice ordered_dict default_dict namedtuple numpy.array",
+    "str bytes bytearray json tensor name dtype maxlen metadata factory type fields shape order view requires_grad",
+    "parameter stride offset_elements",
 ]
 WORDS = st.sampled_from(
     [
@@ -296,12 +297,8 @@ def test_any_json_gives_a_value_or_a_typed_error(node: Any) -> None:
     """Whatever a file holds, nothing but CiuicError comes out; and no warning of another package."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        try:
-            value = _inflater().value(node, "state")
-        except CiuicError as error:
-            assert error.kind
-        else:
-            assert not isinstance(value, type)
+        with suppress(CiuicError):
+            assert not isinstance(_inflater().value(node, "state"), type)
 
 
 @settings(max_examples=100)
@@ -311,10 +308,6 @@ def test_any_canonical_json_in_a_chunk_gives_a_value_or_a_typed_error(node: Any)
     data = jsontext.encode(node)
     stored = StoredTensor(("t",), "uint8", (len(data),), "cpu", (Shard((0,), (0,)),))
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    try:
-        first = Inflater((stored,), lambda index: tensor).value({"json": 0}, "state")
-    except CiuicError as error:
-        assert error.kind
-    else:
-        second = Inflater((stored,), lambda index: tensor).value({"json": 0}, "state")
-        assert type(first) is type(second)
+    with suppress(CiuicError):
+        value = Inflater((stored,), lambda index: tensor).value({"json": 0}, "state")
+        assert not isinstance(value, torch.Tensor)

@@ -117,5 +117,6 @@ def test_tensors_of_several_chunks_come_back(seed: int, size: int, dtype: str, t
 
 def test_the_smallest_states_are_states(tmp_path: Path) -> None:
     """An empty dict, None, a single number and a single tensor can be saved."""
-    for state in ({}, None, math.pi, torch.tensor(1.5), [], {"": {}}):
+    states: list[Any] = [{}, None, math.pi, torch.tensor(1.5), [], {"": {}}]
+    for state in states:
         _assert_same(_round_trip(state, tmp_path), state)

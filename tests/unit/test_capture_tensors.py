@@ -185,4 +185,4 @@ def test_capturing_keeps_nothing_alive() -> None:
     del captured, tensor
     gc.collect()
     assert torch.UntypedStorage._expired(storage)
-    torch.UntypedStorage._free_weak_ref(storage)
+    torch.UntypedStorage._free_weak_ref(storage)  # type: ignore[no-untyped-call]

@@ -56,6 +56,12 @@ class HostileText:
         raise RuntimeError("no")
 
 
+def _with_attribute() -> collections.OrderedDict[str, int]:
+    value: collections.OrderedDict[str, int] = collections.OrderedDict()
+    value.note = 1  # type: ignore[attr-defined]
+    return value
+
+
 def _cycle() -> list[Any]:
     inner: list[Any] = []
     inner.append({"again": inner})
@@ -88,7 +94,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("tuple subclass", MyTuple(), "unsupported_type", "MyTuple"),
     ("enum without a name", Loose(6), "unsupported_type", "Loose"),
     ("own factory", collections.defaultdict(lambda: 0), "unsupported_type", "defaultdict"),
-    ("ordered dict with attributes", _with_attribute := collections.OrderedDict(), "unsupported_type", "OrderedDict"),
+    ("ordered dict with attributes", _with_attribute(), "unsupported_type", "OrderedDict"),
     ("mapping proxy", types.MappingProxyType({}), "unsupported_type", "mappingproxy"),
     ("cycle", _cycle(), "cycle", "cycle"),
     ("too deep", _deep(1000), "too_deep", str(MAX_DEPTH)),
@@ -96,7 +102,6 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("unprintable key", {HostileText(): 1}, "unsupported_type", "HostileText"),
     ("tensor as a key", {torch.ones(1): 1}, "unsupported_type", "key"),
 ]
-_with_attribute.note = 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("value", "kind", "says"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
@@ -173,7 +178,7 @@ KEPT: list[tuple[str, Any]] = [
     ("negative zero", [-0.0, complex(-0.0, 0.0), np.float32(-0.0)]),
     ("bool is no int", [True, 1, False, 0]),
     ("sizes", [torch.Size([]), torch.Size([2, 3]), torch.Size([2**60])]),
-    ("numpy times", [np.datetime64("2026-01-01", "25s"), np.timedelta64(7, "D"), np.dtype("M8")]),
+    ("numpy times", [np.datetime64("2026-01-01", ("s", 25)), np.timedelta64(7, "D"), np.dtype("M8")]),
     ("ranges", [range(0), range(10**20, 10**21, 10**19)]),
 ]
 
@@ -193,10 +198,10 @@ def test_long_plain_values_do_not_fill_the_manifest(tmp_path: Path) -> None:
 
 
 def test_an_enum_is_not_imported(tmp_path: Path) -> None:
-    """An enum whose module is gone is a NotFoundError that says what to import; a named tuple comes back as a new type."""
+    """An enum whose module is gone is a NotFoundError that says what to import; a named tuple becomes a new type."""
     module = types.ModuleType("ciuic_test_colors")
-    module.Color = enum.Enum("Color", {"RED": 1}, module=module.__name__)  # type: ignore[attr-defined]
-    module.Pair = collections.namedtuple("Pair", ["a", "b"], module=module.__name__)  # type: ignore[attr-defined]
+    vars(module)["Color"] = enum.Enum("Color", {"RED": 1}, module=module.__name__)
+    vars(module)["Pair"] = collections.namedtuple("Pair", ["a", "b"], module=module.__name__)
     sys.modules[module.__name__] = module
     try:
         ciuic_async.save({"enum": module.Color.RED, "pair": module.Pair(1, 2)}, tmp_path / "chain")
@@ -214,7 +219,8 @@ def test_an_enum_is_not_imported(tmp_path: Path) -> None:
 
 def test_containers_are_not_scalars() -> None:
     """encode_scalar leaves what holds other values to the walk over containers."""
-    for value in ([], {}, (), set(), torch.ones(1), np.ones(1), slice(1)):
+    containers: list[Any] = [[], {}, (), set(), torch.ones(1), np.ones(1), slice(1)]
+    for value in containers:
         assert encode_scalar(value) is NOT_PLAIN
 
 

@@ -176,7 +176,7 @@ def test_an_object_that_refuses_its_state_is_named(tmp_path: Path) -> None:
 
     with Checkpointer(tmp_path / "chain", {"picky": Picky()}) as ckpt:
         ckpt.save()
-        with pytest.raises(TargetMismatchError, match="picky.*Picky.*too old") as mismatch:
+        with pytest.raises(TargetMismatchError, match=r"picky.*Picky.*too old") as mismatch:
             ckpt.restore()
     assert isinstance(mismatch.value.__cause__, KeyError)
 

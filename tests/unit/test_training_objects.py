@@ -90,7 +90,8 @@ class Run:
         self.optimizer = optimizer(self.model.parameters())
         self.scheduler = scheduler(self.optimizer)
         self.average = torch.optim.swa_utils.AveragedModel(
-            self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+            self.model,
+            multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9),  # type: ignore[no-untyped-call]
         )
         self.loader = Loader()
         self.state: dict[str, Any] = {
@@ -113,7 +114,7 @@ class Run:
             def closure(tokens: torch.Tensor = tokens, noise: float = noise) -> torch.Tensor:
                 self.optimizer.zero_grad()
                 loss = nn.functional.cross_entropy(self.model(tokens).float(), tokens) * (1 + 0.01 * noise)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 return loss
 
             loss = self.optimizer.step(closure).detach()
@@ -172,6 +173,10 @@ def _goes_on_bit_for_bit(make: Callable[[], Run], chain: Path) -> None:
         assert fresh.fingerprint() == at_end
 
 
+def _two_groups(parameters: list[Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": parameters[:1], "lr": 0.2}, {"params": parameters[1:]}], lr=0.1)
+
+
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "sgd momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
@@ -181,7 +186,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
     "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3, history_size=4),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
-    "two groups": lambda p: torch.optim.SGD([{"params": (q := list(p))[:1], "lr": 0.2}, {"params": q[1:]}], lr=0.1),
+    "two groups": lambda p: _two_groups(list(p)),
 }
 
 
@@ -207,7 +212,7 @@ def test_sparse_gradients_with_dense_state_go_on(tmp_path: Path) -> None:
     def train() -> None:
         optimizer.zero_grad()
         model(torch.randint(0, 16, (4,))).sum().backward()
-        optimizer.step()
+        optimizer.step()  # type: ignore[no-untyped-call]
 
     state = {"model": model, "optimizer": optimizer}
     with Checkpointer(tmp_path / "chain", state) as ckpt, warnings.catch_warnings():
@@ -329,7 +334,7 @@ def test_metadata_and_extra_state_survive(wrapped: bool, tmp_path: Path) -> None
     assert loaded.seen == 3
     assert loaded.extra == {"note": "kept"}
     state = SnapshotChain(tmp_path / "chain").get("latest").load()["model"]
-    assert state._metadata == nn.Sequential(saved).state_dict()._metadata
+    assert state._metadata == nn.Sequential(saved).state_dict()._metadata  # type: ignore[attr-defined]
 
 
 def test_a_frozen_trunk_is_stored_once(tmp_path: Path) -> None:
@@ -383,8 +388,13 @@ def test_restoring_fills_parameters_in_place(tmp_path: Path) -> None:
 
 def test_layouts_of_live_parameters_may_differ(tmp_path: Path) -> None:
     """channels_last saved, contiguous live, and the other way: values are the same, live strides stay."""
-    saved = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    for live in (nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)):
+
+    def convolution(layout: torch.memory_format) -> Any:
+        model: Any = nn.Conv2d(3, 4, 3)
+        return model.to(memory_format=layout)
+
+    saved = convolution(torch.channels_last)
+    for live in (convolution(torch.contiguous_format), convolution(torch.channels_last)):
         chain = tmp_path / f"chain{live.weight.stride()}"
         with Checkpointer(chain, {"model": saved}) as ckpt:
             ckpt.save()

@@ -1,0 +1,172 @@
+"""Staging sees exactly what was queued on an asynchronous device before it, and nothing queued after.
+
+The device here is a stand-in with the worst manners a real one may have: work that was queued happens only when
+somebody waits, streams overtake each other whenever no event forbids it, and every copy has a stream of its own. The
+two broken variants leave one wait out: what holds for the right device must fail for them, or it would prove nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from ciuic_async import Checkpointer
+from ciuic_async.capture.state_tree import flatten
+from ciuic_async.staging.device import Copy, Pending
+from ciuic_async.staging.stager import stage
+
+
+@dataclass
+class Event:
+    happened: bool = False
+
+    def happen(self) -> None:
+        self.happened = True
+
+
+@dataclass
+class Work:
+    """Something a stream does, once the event it waits for has happened."""
+
+    action: Callable[[], None]
+    after: Event | None = None
+
+
+class LateDevice:
+    """Queued work is done one piece at a time, in an order that ``choose`` draws from what events allow.
+
+    Args:
+        choose: given how many streams could go on, which one does.
+        sees_the_past: copies wait for what training queued before (leaving this out is a bug).
+        waits_for_copies: ``wait`` returns when the copies are done (leaving this out is a bug).
+    """
+
+    def __init__(
+        self, choose: Callable[[int], int], *, sees_the_past: bool = True, waits_for_copies: bool = True
+    ) -> None:
+        self._choose = choose
+        self._sees_the_past = sees_the_past
+        self._waits_for_copies = waits_for_copies
+        self._compute: deque[Work] = deque()
+        self._streams: list[deque[Work]] = [self._compute]
+
+    def launch(self, kernel: Callable[[], None]) -> None:
+        """Training queues a kernel on its stream."""
+        self._compute.append(Work(kernel))
+
+    def copy(self, copies: Sequence[Copy]) -> Pending:
+        ready = Event()
+        self._compute.append(Work(ready.happen))
+        done = []
+        for target, source in copies:
+            finished = Event()
+            stream = deque([Work(lambda t=target, s=source: t.copy_(s), ready if self._sees_the_past else None)])  # type: ignore[misc]
+            stream.append(Work(finished.happen))
+            self._streams.append(stream)
+            done.append(finished)
+        return _Waiting(self, done if self._waits_for_copies else [])
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """Nothing to do for memory that no driver knows."""
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Nothing to undo."""
+
+    def do_one(self) -> bool:
+        """One piece of work, on any stream that may go on; False when there is none."""
+        able = [s for s in self._streams if s and (s[0].after is None or s[0].after.happened)]
+        if not able:
+            return False
+        able[self._choose(len(able))].popleft().action()
+        return True
+
+    def synchronize(self) -> None:
+        while self.do_one():
+            pass
+
+
+@dataclass
+class _Waiting:
+    device: LateDevice
+    events: list[Event]
+
+    def wait(self) -> None:
+        while not all(event.happened for event in self.events):
+            assert self.device.do_one(), "a copy waits for ever"
+
+
+class OneDevice:
+    """Every tensor lives on the late device."""
+
+    def __init__(self, device: LateDevice) -> None:
+        self.device = device
+
+    def of(self, device: torch.device) -> LateDevice:
+        return self.device
+
+    def for_pinning(self) -> LateDevice:
+        return self.device
+
+
+ORDERS: dict[str, Callable[[int], Callable[[int], int]]] = {
+    "compute first": lambda seed: lambda count: 0,
+    "copies first": lambda seed: lambda count: count - 1,
+    "any": lambda seed: random.Random(seed).randrange,
+}
+
+
+def _staged_value_is_right(device: LateDevice) -> bool:
+    """Queue writes, stage, queue more writes, let everything happen; whether the slot holds the first ones only."""
+    tensors = [torch.zeros(20_000) for _ in range(3)]
+    captured = flatten({"t": tensors}, chunk_size_bytes=1 << 20)
+    payload = torch.full((captured.plan.size_bytes,), 0x7F, dtype=torch.uint8)
+    for value in (1.0, 2.0):
+        for tensor in tensors:
+            device.launch(lambda t=tensor, v=value: t.fill_(v))  # type: ignore[misc]
+    stage(captured.sources, payload, 0, captured.plan.size_bytes, OneDevice(device))
+    for tensor in tensors:
+        device.launch(lambda t=tensor: t.fill_(3.0))  # type: ignore[misc]
+    device.synchronize()
+    assert all(bool((tensor == 3).all()) for tensor in tensors), "training itself is in order"
+    return all(
+        bool((payload[region.address :][: region.size_bytes].view(torch.float32) == 2).all())
+        for region in captured.plan.regions
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_staging_sees_what_was_queued_before_and_nothing_after(order: str) -> None:
+    """In whatever order the device works, the slot holds the state of the call."""
+    for seed in range(20):
+        assert _staged_value_is_right(LateDevice(ORDERS[order](seed)))
+
+
+@pytest.mark.parametrize("broken", ["sees_the_past", "waits_for_copies"])
+def test_a_missing_wait_is_found_out(broken: str) -> None:
+    """Without either wait some order gives a wrong slot: the test above would see it."""
+    devices = [LateDevice(make(seed), **{broken: False}) for make in ORDERS.values() for seed in range(20)]
+    assert not all(_staged_value_is_right(device) for device in devices)
+
+
+@pytest.mark.parametrize("host_memory_bytes", [None, 8 << 20], ids=["whole", "windows"])
+def test_a_training_run_on_a_late_device(host_memory_bytes: int | None, tmp_path: Path) -> None:
+    """Through the whole engine: every snapshot holds its own step, though training queues on without waiting."""
+    device = LateDevice(random.Random(1).randrange)
+    weight = torch.zeros(3_000_000)
+    with Checkpointer(tmp_path / "chain", {"w": weight}, rng=False, host_memory_bytes=host_memory_bytes) as ckpt:
+        ckpt._devices = OneDevice(device)  # type: ignore[assignment]
+        pendings = []
+        for _ in range(4):
+            for _ in range(3):
+                device.launch(lambda: weight.add_(1))  # type: ignore[arg-type]
+            pendings.append(ckpt.save())
+        device.launch(lambda: weight.fill_(-1))  # type: ignore[arg-type]
+        device.synchronize()
+        for number, pending in enumerate(pendings):
+            assert torch.equal(pending.wait_durable(60).load()["w"], torch.full_like(weight, 3.0 * (number + 1)))
