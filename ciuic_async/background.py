@@ -65,6 +65,8 @@ class BackgroundWriter:
         self._stats: deque[SnapshotStats] = deque(maxlen=STATS_KEPT)
         self._mutex = threading.Lock()
         self._swept = False
+        self._idle = threading.Condition()
+        self._unfinished = 0
         self.parent: Parent | None = None
         """What the next snapshot comes from. Set by a restore, while nothing is on its way; else by the writer."""
 
@@ -73,7 +75,14 @@ class BackgroundWriter:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="ciuic-writer", daemon=True)
             self._thread.start()
+        with self._idle:
+            self._unfinished += 1
         self._jobs.put(job)
+
+    def wait_idle(self) -> None:
+        """Wait until nothing is under way, retention included."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._unfinished == 0)
 
     def stats(self) -> list[SnapshotStats]:
         """Figures of finished snapshots, in order of their completion."""
@@ -100,6 +109,9 @@ class BackgroundWriter:
                 failure.__cause__ = error
                 self._failed(job, failure)
             del job  # while waiting for the next one nothing of this one is kept alive
+            with self._idle:
+                self._unfinished -= 1
+                self._idle.notify_all()
 
     def _write(self, job: Job) -> None:
         started = time.perf_counter()

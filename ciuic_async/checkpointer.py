@@ -274,14 +274,15 @@ class Checkpointer:
             Where training stands, or None when there is no snapshot yet (``"latest"`` only).
 
         Raises:
-            TargetMismatchError: the snapshot does not fit; lists every difference; nothing was changed.
+            TargetMismatchError: the snapshot does not fit; lists every difference; nothing was changed, unless it is
+                an object's own ``load_state_dict`` that refuses: that shows only when models are restored already.
             IntegrityError: damage (with ``"latest"``: and no older snapshot is good). The objects then hold a mixture:
                 do not train on them.
             NotFoundError: no such snapshot.
         """
         if self._inert():
             raise UsageError("restore() was called in a forked child process; the checkpointer belongs to its parent")
-        self._wait_unfinished(None)
+        self._writer.wait_idle()
         if ref != "latest":
             return self._restored(self._chain.get(ref), strict, ())
         skipped: list[tuple[str, str]] = []

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ciuic_async.stores.local import LocalStore
+from ciuic_async.verify import verify_store
+
 # Deadlines measure the machine and not the code; what must be quick says so in its own test.
 settings.register_profile("local", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
@@ -36,6 +39,19 @@ def _no_thread_leak() -> Iterator[None]:
         thread.join(JOIN_TIMEOUT_S)
     left = [thread.name for thread in _own_threads(before)]
     assert not left, f"the test left threads running: {left}"
+
+
+@pytest.fixture(autouse=True)
+def _chains_verify(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    """Every chain that a test leaves behind verifies, unless the test is marked ``damages``."""
+    yield
+    if request.node.get_closest_marker("damages") is not None:
+        return
+    for chain_file in tmp_path.rglob("ciuic.json"):
+        store = LocalStore(chain_file.parent)
+        problems = verify_store(store).problems
+        store.close()
+        assert not problems, f"the test left a chain that does not verify: {problems[:3]}"
 
 
 @pytest.fixture

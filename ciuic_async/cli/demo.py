@@ -344,10 +344,10 @@ def render(facts: dict[str, Any]) -> str:
 
 def render_table(table: dict[str, Any]) -> list[str]:
     """Stall and lost time of every contender."""
-    threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
+    threads = "1 thread" if table["threads"] == [1] else f"{' or '.join(map(str, table['threads']))} threads"
     lines = [
-        f"Cost of a snapshot: {human_bytes(table['state_bytes'])} of state, training with {threads} in steps of "
-        f"{milliseconds(table['step_s'])}, a snapshot every {table['every_steps']} steps, {table['rounds']} rounds",
+        f"Cost of a snapshot of {human_bytes(table['state_bytes'])}, every {table['every_steps']} steps of "
+        f"{milliseconds(table['step_s'])}, training with {threads}, {table['rounds']} rounds",
         "",
         f"{'':<20}{'stall':>10}{'lost time':>12}{'(min to max)':>22}{'stored':>12}",
     ]

@@ -21,6 +21,8 @@ from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.memory import MemoryStore
 
+pytestmark = pytest.mark.damages  # stores are filled with names here, not with chains
+
 Open = Callable[[], Store]
 
 

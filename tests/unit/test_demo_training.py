@@ -287,7 +287,7 @@ def facts(**changed: Any) -> dict[str, Any]:
         "killed_in_write": 1,
         "measured": {
             "state_bytes": 129_000_000,
-            "threads": 2,
+            "threads": [1, 2],
             "step_s": 0.2,
             "step_s_min": 0.19,
             "step_s_max": 0.21,

@@ -42,6 +42,8 @@ sys.stdout.write(outcome)
 """
 NAMES = [f"segments/{A}/0-0.seg", f"segments/{A}/0-1.seg", f"manifests/{A}/root.json"]
 
+pytestmark = pytest.mark.damages  # stores are filled with names here, not with chains
+
 
 def _strace(folder: Path, log: Path, calls: str, *options: str) -> tuple[str, list[str]]:
     """Run PUBLISH under strace: what it printed, and the calls that concern the chain, in order."""

@@ -44,6 +44,7 @@ def test_a_state_beyond_the_window_is_saved_whole(tmp_path: Path, monkeypatch: p
     assert fingerprint(ciuic_async.load(tmp_path / "chain")) == fingerprint(state)
 
 
+@pytest.mark.damages
 def test_a_damaged_newest_snapshot_is_not_leaned_on(tmp_path: Path) -> None:
     """When the newest snapshot's locator is gone, the next save writes everything itself."""
     state = {"w": torch.randn(10_000)}

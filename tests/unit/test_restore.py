@@ -236,6 +236,7 @@ def _delete_locator(chain: Path, snapshot: str) -> None:
 DAMAGE = [_flip_segment, _delete_segment, _delete_root, _flip_part, _delete_locator]
 
 
+@pytest.mark.damages
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__[1:])
 def test_latest_falls_back_over_damage(damage: Callable[[Path, str], None], tmp_path: Path) -> None:
     """The newest good snapshot is restored; a warning and Progress.skipped name what was passed over and why."""
@@ -256,6 +257,7 @@ def test_latest_falls_back_over_damage(damage: Callable[[Path, str], None], tmp_
     assert torch.equal(after.load()["w"], weight), "what follows does not lean on the damaged one"
 
 
+@pytest.mark.damages
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__[1:])
 def test_a_named_snapshot_never_falls_back(damage: Callable[[Path, str], None], tmp_path: Path) -> None:
     """An explicit ref means that snapshot: damage is an IntegrityError, and load() falls back nowhere."""
@@ -271,6 +273,7 @@ def test_a_named_snapshot_never_falls_back(damage: Callable[[Path, str], None], 
         ciuic_async.load(chain)
 
 
+@pytest.mark.damages
 def test_when_nothing_is_good_it_says_so(tmp_path: Path) -> None:
     """All damaged: every snapshot is tried and warned about, then an IntegrityError tells what to do."""
     chain, weight = tmp_path / "chain", torch.zeros(5000)
@@ -284,6 +287,7 @@ def test_when_nothing_is_good_it_says_so(tmp_path: Path) -> None:
         assert len([w for w in caught if w.category is CiuicWarning]) == 3
 
 
+@pytest.mark.damages
 def test_damage_names_the_tensor(tmp_path: Path) -> None:
     """The IntegrityError says which tensor in which file."""
     state = {"model": {"good": torch.zeros(100_000), "bad": torch.ones(100_000)}}

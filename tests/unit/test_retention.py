@@ -82,6 +82,7 @@ def test_pruning_again_after_saving_frees_the_rest(tmp_path: Path) -> None:
     assert chain.verify().ok
 
 
+@pytest.mark.damages
 def test_with_a_damaged_living_snapshot_nothing_is_deleted(tmp_path: Path) -> None:
     """Nobody knows what it needs: an IntegrityError says so, and every segment is still there."""
     chain = _filled(tmp_path / "chain")

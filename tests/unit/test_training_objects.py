@@ -149,7 +149,7 @@ def _constant(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.95**step)
 
 
-def _goes_on_bit_for_bit(make: Callable[[], Run], chain: Path) -> None:
+def assert_goes_on_bit_for_bit(make: Callable[[], Run], chain: Path) -> None:
     _seed(1)
     run = make()
     with Checkpointer(chain, run.state) as ckpt:
@@ -174,7 +174,8 @@ def _goes_on_bit_for_bit(make: Callable[[], Run], chain: Path) -> None:
 
 
 def _two_groups(parameters: list[Any]) -> torch.optim.Optimizer:
-    return torch.optim.SGD([{"params": parameters[:1], "lr": 0.2}, {"params": parameters[1:]}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": parameters[:1], "lr": 0.2}, {"params": parameters[1:]}]
+    return torch.optim.SGD(groups, lr=0.1)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
@@ -193,13 +194,13 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     """Moments, steps, histories and groups are restored exactly, in old and in new objects."""
-    _goes_on_bit_for_bit(lambda: Run(OPTIMIZERS[name], _constant), tmp_path / "chain")
+    assert_goes_on_bit_for_bit(lambda: Run(OPTIMIZERS[name], _constant), tmp_path / "chain")
 
 
 def test_float32_moments_of_bfloat16_parameters_stay_float32(tmp_path: Path) -> None:
     """``Optimizer.load_state_dict`` casts them, also inside lists; the restore undoes that."""
-    _goes_on_bit_for_bit(lambda: Run(Fp32Moments, _constant, dtype=torch.bfloat16), tmp_path / "chain")
-    _goes_on_bit_for_bit(
+    assert_goes_on_bit_for_bit(lambda: Run(Fp32Moments, _constant, dtype=torch.bfloat16), tmp_path / "chain")
+    assert_goes_on_bit_for_bit(
         lambda: Run(OPTIMIZERS["adamw foreach"], _constant, dtype=torch.bfloat16), tmp_path / "chain of adamw"
     )
 
@@ -242,7 +243,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     """Learning rates follow the same course after a restore."""
-    _goes_on_bit_for_bit(lambda: Run(OPTIMIZERS["sgd momentum"], SCHEDULERS[name]), tmp_path / "chain")
+    assert_goes_on_bit_for_bit(lambda: Run(OPTIMIZERS["sgd momentum"], SCHEDULERS[name]), tmp_path / "chain")
 
 
 def test_a_gradient_scaler_goes_on(tmp_path: Path) -> None:
