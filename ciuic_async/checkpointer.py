@@ -368,6 +368,7 @@ class Checkpointer:
         tags: tuple[str, ...],
         started: float,
     ) -> None:
+        self._prepared = True  # slots are made right now, if there are none yet
         captured = self._capture()
         request = SaveRequest(
             snapshot=layout.new_id(),

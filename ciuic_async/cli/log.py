@@ -44,6 +44,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _short(value: object) -> str:
+    """A metric for people; ``--json`` has every digit."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _details(entry: dict[str, object]) -> str:
     if entry["kind"] == "key":
         return text(entry["vkey"])
@@ -52,7 +57,7 @@ def _details(entry: dict[str, object]) -> str:
         return "pruned " + ", ".join(str(s)[:8] for s in snapshots) if isinstance(snapshots, list) else ""
     metrics = entry["metrics"]
     tags = entry["tags"]
-    parts = [f"{text(name)}={value}" for name, value in metrics.items()] if isinstance(metrics, dict) else []
+    parts = [f"{text(name)}={_short(value)}" for name, value in metrics.items()] if isinstance(metrics, dict) else []
     parts += [f"[{text(tag)}]" for tag in tags] if isinstance(tags, list) else []
     if entry.get("pruned"):
         parts.append("pruned")

@@ -117,7 +117,7 @@ class Persister:
             CiuicError: nothing became durable.
         """
         writer = SegmentWriter(self._target.store, request.snapshot)
-        known = request.parent.locations if request.parent else {}
+        known = self._known_chunks(request.parent)
         digests: list[bytearray] = [bytearray() for _ in request.plan.regions]
         own: dict[bytes, int] = {}
         referenced: dict[bytes, ChunkLocation] = {}
@@ -168,6 +168,13 @@ class Persister:
         final = rewriter.current or where
         # Not asked of the log: a read that fails now must not make a durable snapshot look like a failed one.
         return Persisted(index, entry, merkle.leaf_hash(data), final.chunks, deduplicated)
+
+    def _known_chunks(self, parent: Parent | None) -> Mapping[bytes, ChunkLocation]:
+        """Chunks that may be referenced: the parent's, unless another writer has pruned it."""
+        if parent is None or not parent.locations:
+            return {}
+        self._target.log.refresh()
+        return parent.locations if is_live(self._target.log, parent.snapshot) else {}
 
     def _encoded(
         self, window: StagedWindow, known: Mapping[bytes, ChunkLocation]

@@ -195,6 +195,9 @@ class Log:
                 time.sleep(_random.uniform(0, min(_MAX_WAIT_S, _WAIT_S * 2**attempt)))
             with self._lock:
                 old = self.refresh()
+                if old.size > self._published and self._knows(key):
+                    # Roll a crashed writer forward before adding to it: at most one slot is ever without its log head.
+                    self._try_publish(key)
                 given = list(build(self))
                 if not given:
                     return old.size

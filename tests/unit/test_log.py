@@ -26,6 +26,7 @@ from ciuic_async.format.digest import Buffer
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.memory import MemoryStore
 from ciuic_async.transparency import note, proof, slots, tiles
+from ciuic_async.transparency.audit import audit_log
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log, LogHead
 
@@ -598,3 +599,22 @@ def test_bundles_hold_the_entries_up_to_the_limit(store: Flaky, key: SigningKey)
         log.append(lambda _: [long] * 257, key, announce=announcement(key))
     assert caught.value.kind == "slot_too_large"
     assert store.files() == before
+
+
+def test_writers_that_die_again_and_again_before_their_log_head_leave_no_false_alarm() -> None:
+    """Each writer first rolls its predecessor forward: never are two slots without a log head, and nothing is lost."""
+    store, key = Flaky(), SigningKey.generate()
+
+    def die_at_the_head(operation: str, name: str) -> None:
+        if (operation, name) == ("overwrite", layout.LOG_HEAD):
+            raise KeyboardInterrupt
+
+    store.fail = die_at_the_head
+    for number in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            add(Log(store, ORIGIN), key, str(number))
+        assert not audit_log(store, ORIGIN).problems
+    store.fail = lambda operation, name: None
+    add(Log(store, ORIGIN), key, "last")
+    assert refreshed_texts(Log(store, ORIGIN)) == ["0", "last"]
+    assert not audit_log(store, ORIGIN).problems
