@@ -4,6 +4,7 @@
 #   make demo    train, crash, restore: the package at work
 #   make test    every check: style, types, layers, tests
 #   make lint    the checks without the tests
+#   make crash   every fault at every operation, 200 random kills, every bit: hours
 #   make bench   every measurement in bench/, one file for one question
 #   make clean   remove what was built
 
@@ -15,7 +16,7 @@ STAMP := .venv/.installed
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := venv
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint crash bench clean
 
 venv: $(STAMP)
 
@@ -35,6 +36,10 @@ lint: venv
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+crash: venv
+	CIUIC_CRASH_LONG=1 CIUIC_KILL_RUNS=20 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=14400 \
+		tests/crash tests/hostile/test_flip_every_bit.py
 
 bench: venv
 	for question in $(sort $(wildcard bench/[a-z]*.py)); do $(BIN)/python "$$question" || exit 1; done

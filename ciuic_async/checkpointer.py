@@ -177,12 +177,12 @@ class Checkpointer:
         """
         if self._inert():
             return None
-        self._surface_errors()
         self._step += 1
         if self._epoch_of_snapshot is None:
             self._epoch_of_snapshot = epoch
         due = self._due(epoch)
         self._epoch, self._batch = epoch, batch
+        self._surface_errors()  # may raise if asked to; the step is counted all the same
         if not due:
             if not self._prepared:
                 self._prepare()
@@ -291,6 +291,8 @@ class Checkpointer:
             try:
                 return self._restored(snapshot, strict, tuple(skipped))
             except (IntegrityError, StoreError) as error:
+                if isinstance(error, StoreError) and error.kind != "eio":
+                    raise  # no permission, too many files, ...: the newest state is not lost, only out of reach
                 failure = failure or error
                 skipped.append((snapshot.id, str(error)))
                 self._warn(f"snapshot {snapshot.id} (step {snapshot.step}) is damaged and was passed over: {error}")

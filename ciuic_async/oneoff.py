@@ -49,6 +49,7 @@ def save(
     from ciuic_async.capture import training
     from ciuic_async.capture.state_tree import flatten
     from ciuic_async.codecs.choose import codec_for
+    from ciuic_async.pipeline.history import Line
     from ciuic_async.pipeline.persist import Parent, Persister, SaveRequest
 
     encoder, recorded_metrics, recorded_tags = codec_for(codec), check_metrics(metrics), check_tags(tags)
@@ -68,8 +69,8 @@ def save(
             parent=None if newest is None else Parent(newest.id, newest.leaf_hash, _locations(newest)),
         )
         with closing(Persister(chain.target(), chain.file, encoder, chain.run)) as persister:
-            persister.persist(request, _windows(captured), lambda window: None, keeps_memory=False)
-        return chain.get(request.snapshot)
+            done = persister.persist(request, _windows(captured), lambda window: None, keeps_memory=False)
+        return Snapshot(chain, Line(done.index, done.entry, done.leaf_hash))
 
 
 def load(

@@ -231,6 +231,7 @@ class Watch:
 
 
 def command(module: str, *arguments: str) -> list[str]:
+    """How a module of this demo is run as a child."""
     return [sys.executable, "-m", f"ciuic_async.cli.{module}", *arguments]
 
 
@@ -371,6 +372,7 @@ def render_table(table: dict[str, Any]) -> list[str]:
 
 
 def milliseconds(seconds: float) -> str:
+    """A cell of the table."""
     return f"{seconds * 1000:.0f} ms"
 
 

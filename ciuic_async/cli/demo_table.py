@@ -80,8 +80,8 @@ class NoSnapshots:
 class Ciuic:
     """This engine."""
 
-    def __init__(self, folder: Path, training: Training) -> None:
-        self._checkpointer = Checkpointer(folder, training.state(), on_error="raise")
+    def __init__(self, folder: Path, training: Training, codec: str = "auto") -> None:
+        self._checkpointer = Checkpointer(folder, training.state(), codec=codec, on_error="raise")
         self._saving: PendingSnapshot | None = None
 
     def step(self) -> None:
@@ -175,8 +175,8 @@ CONTENDERS: dict[str, Callable[[Path, Training], Contender]] = {
     "dcp.async_save": DcpAsyncSave,
 }
 
-KEEPS_ALL = ("ciuic-async", "dcp.async_save")
-"""Who writes a new place for each snapshot, and who replaces the one before."""
+REPLACES = ("torch.save + fsync",)
+"""Who writes each snapshot in place of the one before; the others keep all of them."""
 PATIENCE = 2
 """Training goes on until all is durable, for this many times the planned steps; then it stands still for the rest."""
 WARM_UP_SNAPSHOTS = 2
@@ -184,6 +184,7 @@ WARM_UP_SNAPSHOTS = 2
 
 
 def state_dicts(training: Training) -> dict[str, Any]:
+    """What the opponents are handed: the same state as this engine's."""
     return {name: part.state_dict() for name, part in training.state().items()}
 
 
@@ -220,7 +221,7 @@ def run_once(name: str, training: Training, folder: Path, schedule: Schedule, me
             contender.step()
             contender.save()
             contender.wait()
-            measured.stored_bytes = folder_bytes(folder) // (number if name in KEEPS_ALL else 1)
+            measured.stored_bytes = folder_bytes(folder) // (1 if name in REPLACES else number)
         gc.collect()
         begin_s = time.perf_counter()
         step = 0
@@ -241,6 +242,7 @@ def run_once(name: str, training: Training, folder: Path, schedule: Schedule, me
 
 
 def folder_bytes(folder: Path) -> int:
+    """Length of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -313,6 +315,7 @@ def summarize(measured: dict[str, Measured], schedule: Schedule) -> dict[str, An
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of this program."""
     parser = argparse.ArgumentParser(prog="python -m ciuic_async.cli.demo_table", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="an existing folder for what the contenders write")
     parser.add_argument("--size", choices=sorted(SIZES), default="large")
@@ -325,6 +328,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
+    """Measure, and print the result as JSON."""
     options = parse_arguments()
     # Opponents warn about their own deprecations and about running without a process group.
     warnings.filterwarnings("ignore", module=r"torch\..*")

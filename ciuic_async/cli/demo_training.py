@@ -299,6 +299,7 @@ def digests(training: Training) -> dict[str, str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of this program."""
     parser = argparse.ArgumentParser(
         prog="python -m ciuic_async.cli.demo_training", description="Train a small GPT, with or without snapshots."
     )
@@ -310,6 +311,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
+    """Train, report each step on a line of its own, and at last what came out."""
     options = parse_arguments()
     size = SIZES[options.size]
     moments_s: list[float] = []

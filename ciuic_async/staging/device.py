@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from ciuic_async import native
-from ciuic_async.errors import StoreError
+from ciuic_async.events import logger
 from ciuic_async.options import STAGING
 
 Copy = tuple[torch.Tensor, torch.Tensor]
@@ -35,11 +35,14 @@ class Device(Protocol):
     def copy(self, copies: Sequence[Copy]) -> Pending:
         """Start copying what the sources hold in the order of the current stream. Called on the training thread."""
 
-    def pin(self, memory: torch.Tensor) -> None:
-        """Page-lock host memory for fast copies. Best effort; may be called on any thread."""
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Page-lock host memory for fast copies, and say whether that worked. Without it copies are right, but slower.
+
+        May be called on any thread.
+        """
 
     def unpin(self, memory: torch.Tensor) -> None:
-        """Undo ``pin``."""
+        """Undo a ``pin`` that worked."""
 
 
 class _Done:
@@ -62,8 +65,8 @@ class CpuDevice:
                 target.copy_(source)
         return _Done()
 
-    def pin(self, memory: torch.Tensor) -> None:
-        pass
+    def pin(self, memory: torch.Tensor) -> bool:
+        return False
 
     def unpin(self, memory: torch.Tensor) -> None:
         pass
@@ -101,7 +104,7 @@ class CudaDevice:
                 done.record(self._stream)
         return _CudaPending(done, copies)
 
-    def pin(self, memory: torch.Tensor) -> None:
+    def pin(self, memory: torch.Tensor) -> bool:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         for start in range(0, memory.numel(), STAGING.pin_range_bytes):
             size = min(STAGING.pin_range_bytes, memory.numel() - start)
@@ -109,11 +112,14 @@ class CudaDevice:
             if int(error) != 0:
                 for undo in range(0, start, STAGING.pin_range_bytes):
                     runtime.cudaHostUnregister(memory.data_ptr() + undo)
-                raise StoreError(
-                    f"cannot pin {memory.numel()} bytes of host memory: {error}; "
+                logger.warning(
+                    "cannot pin %d bytes of host memory (%s): copies from the GPU are slower; "
                     "raise ulimit -l or lower host_memory_bytes",
-                    kind="pin_failed",
+                    memory.numel(),
+                    error,
                 )
+                return False
+        return True
 
     def unpin(self, memory: torch.Tensor) -> None:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]

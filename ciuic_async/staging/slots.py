@@ -105,8 +105,7 @@ class Slot:
         else:
             pages = np.frombuffer(self._map, dtype=np.uint8)[self._payload_at :: PAGE_BYTES]  # type: ignore[arg-type]
             pages |= 0
-        device.pin(self.payload())
-        self._pinned = device
+        self._pinned = device if device.pin(self.payload()) else None
         self.touched = True
 
     def mark(self, state: int, *, step: int | None = None, snapshot: str = "", regions: Sequence[Region] = ()) -> None:

@@ -109,6 +109,28 @@ def test_tests_state_and_prove_a_property(path: Path) -> None:
     assert not [function.name for function in functions if not _asserts(function)]
 
 
+def test_only_the_commit_publishes() -> None:
+    """One module publishes a snapshot's files; the log publishes its own, chain.py makes ciuic.json; nobody else."""
+    writers = {
+        "pipeline/commit.py": {"publish"},
+        "transparency/log.py": {"create", "overwrite", "publish"},
+        "chain.py": {"create"},
+        "cli/doctor.py": {"create", "publish"},
+    }
+    for path in MODULES:
+        name = path.relative_to(ROOT / "ciuic_async").as_posix()
+        if name.startswith("stores/"):
+            continue
+        calls = {
+            node.func.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("create", "overwrite", "publish")
+        }
+        assert calls <= writers.get(name, set()), name
+
+
 @pytest.mark.parametrize("path", TESTS, ids=_id)
 def test_tests_do_not_sleep(path: Path) -> None:
     """A test waits for a condition, never for a time."""

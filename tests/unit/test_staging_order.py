@@ -72,8 +72,8 @@ class LateDevice:
             done.append(finished)
         return _Waiting(self, done if self._waits_for_copies else [])
 
-    def pin(self, memory: torch.Tensor) -> None:
-        """Nothing to do for memory that no driver knows."""
+    def pin(self, memory: torch.Tensor) -> bool:
+        return False
 
     def unpin(self, memory: torch.Tensor) -> None:
         """Nothing to undo."""
