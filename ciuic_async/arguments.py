@@ -39,6 +39,23 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise UsageError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
 
 
+def check_number(name: str, value: Any, *, whole: bool = False, zero: bool = False) -> None:
+    """Refuse what is no number above 0 (``zero``: or 0), or None; ``whole``: integers only."""
+    kinds = (int,) if whole else (int, float)
+    if value is None or (
+        isinstance(value, kinds) and not isinstance(value, bool) and (value > 0 or (zero and not value))
+    ):
+        return
+    expected = ("an integer" if whole else "a number") + (" of at least 0" if zero else " above 0")
+    raise UsageError(f"{name}={value!r}: expected {expected}")
+
+
+def check_policy(keep: Any) -> None:
+    """Refuse what is no retention policy, e.g. a bare number."""
+    if keep is not None and not (callable(getattr(keep, "keep", None)) and callable(getattr(keep, "describe", None))):
+        raise UsageError(f"keep={keep!r}: expected a policy such as KeepLatest(3), or None to keep all")
+
+
 def check_state(state: Mapping[str, Any]) -> MutableMapping[str, Any]:
     """The state mapping, or a copy of it where it cannot change."""
     if not isinstance(state, Mapping) or not state:

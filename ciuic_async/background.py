@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from ciuic_async.chain import Snapshot, SnapshotChain
-from ciuic_async.errors import CiuicError, InternalError
+from ciuic_async.errors import CiuicError, InternalError, SaveFailedError
 from ciuic_async.events import Event, Listener, SnapshotStats, logger, notify
 from ciuic_async.pending import PendingSnapshot
 from ciuic_async.pipeline.capture_stage import WindowQueue
@@ -29,16 +29,17 @@ STATS_KEPT = 10_000
 
 @dataclass(slots=True)
 class Job:
-    """A snapshot for the writer. ``stats`` are complete when its windows end."""
+    """A snapshot for the writer. ``stats`` and ``staged_s`` (``perf_counter``) are set when its windows end."""
 
     request: SaveRequest
     windows: WindowQueue
     pending: PendingSnapshot
     stats: SnapshotStats
+    staged_s: float = 0.0
 
 
 class BackgroundWriter:
-    """Owns the thread ``ciuic-writer``, which starts with the first job and ends with ``close``.
+    """Owns the thread ``ciuic-writer``, which begins with ``start`` and ends with ``close``.
 
     Args:
         chain: where snapshots go.
@@ -65,16 +66,35 @@ class BackgroundWriter:
         self._stats: deque[SnapshotStats] = deque(maxlen=STATS_KEPT)
         self._mutex = threading.Lock()
         self._swept = False
+        self._tidy_problem: str | None = None
+        self._last_tidy_problem = ""
+        self._ends_itself = False
         self._idle = threading.Condition()
         self._unfinished = 0
         self.parent: Parent | None = None
         """What the next snapshot comes from. Set by a restore, while nothing is on its way; else by the writer."""
 
+    def start(self) -> None:
+        """Start the threads, if they do not run yet. Called before anything is taken that a job would own.
+
+        Raises:
+            SaveFailedError: the system gives no thread.
+        """
+        if self._thread is not None:
+            return
+        thread = threading.Thread(target=self._run, name="ciuic-writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise SaveFailedError(
+                f"the system gives no thread for the writer: {error} (ulimit -u, or the container's pids limit)",
+                kind="no_thread",
+            ) from error
+        self._thread = thread
+        self._persister.start()
+
     def submit(self, job: Job) -> None:
-        """Queue a job; the number of slots bounds the queue."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ciuic-writer", daemon=True)
-            self._thread.start()
+        """Queue a job, after ``start``; the number of slots bounds the queue."""
         with self._idle:
             self._unfinished += 1
         self._jobs.put(job)
@@ -89,13 +109,30 @@ class BackgroundWriter:
         with self._mutex:
             return list(self._stats)
 
+    def record(self, stats: SnapshotStats) -> None:
+        """Figures of a snapshot that came to nothing before it was submitted."""
+        with self._mutex:
+            self._stats.append(stats)
+
+    def take_tidy_problem(self) -> str | None:
+        """Why retention fails, told once for each reason."""
+        problem, self._tidy_problem = self._tidy_problem, None
+        return problem
+
     def close(self) -> None:
-        """Finish all jobs, then end the threads. Idempotent."""
-        if self._thread is not None:
+        """Finish all jobs, then end the threads and give the slots back. Idempotent.
+
+        Garbage collection may call this on the writer thread itself: then it ends when its jobs are done.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._ends_itself = thread is threading.current_thread()
             self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+            if self._ends_itself:
+                return
+            thread.join()
         self._persister.close()
+        self._pool.close()
 
     def _run(self) -> None:
         lower_priority()
@@ -108,13 +145,16 @@ class BackgroundWriter:
                 failure = InternalError(f"writing failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 self._failed(job, failure)
+            finally:
+                with self._idle:
+                    self._unfinished -= 1
+                    self._idle.notify_all()
             del job  # while waiting for the next one nothing of this one is kept alive
-            with self._idle:
-                self._unfinished -= 1
-                self._idle.notify_all()
+        if self._ends_itself:
+            self._persister.close()
+            self._pool.close()
 
     def _write(self, job: Job) -> None:
-        started = time.perf_counter()
         try:
             persisted = self._persister.persist(
                 replace(job.request, parent=self.parent),
@@ -125,7 +165,7 @@ class BackgroundWriter:
         finally:
             job.windows.release_all(self._pool)
         self.parent = persisted.as_parent()
-        self._durable(job, persisted, time.perf_counter() - started)
+        self._durable(job, persisted, time.perf_counter() - job.staged_s)
         self._tidy()
 
     def _durable(self, job: Job, persisted: Persisted, seconds: float) -> None:
@@ -151,7 +191,7 @@ class BackgroundWriter:
         job.pending.durable(Snapshot(self._chain, Line(persisted.index, entry, persisted.leaf_hash)))
 
     def _failed(self, job: Job, error: CiuicError) -> None:
-        _forget_locals(error)
+        forget_locals(error)
         logger.error("snapshot of step %s failed: %s", job.request.step, error)
         with self._mutex:
             self._stats.append(job.stats)
@@ -170,11 +210,17 @@ class BackgroundWriter:
                 self._chain.gc()
         except CiuicError as error:
             logger.error("tidying up failed, nothing good was deleted: %s", error)
-        except Exception:
+            self._remember(f"tidying up failed, nothing good was deleted: {error}")
+        except Exception as error:
             logger.exception("tidying up failed, nothing good was deleted")
+            self._remember(f"tidying up failed, nothing good was deleted: {type(error).__name__}: {error}")
+
+    def _remember(self, problem: str) -> None:
+        if problem != self._last_tidy_problem:
+            self._tidy_problem = self._last_tidy_problem = problem
 
 
-def _forget_locals(error: BaseException | None) -> None:
+def forget_locals(error: BaseException | None) -> None:
     """Empty the frames of a failure: whoever keeps the error must not keep the staged memory that they refer to."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

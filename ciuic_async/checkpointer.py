@@ -6,7 +6,6 @@ durable, one after the other; it never touches a training tensor. Both end with 
 
 from __future__ import annotations
 
-import atexit
 import os
 import time
 import warnings
@@ -16,8 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ciuic_async.arguments import check_choice, check_metrics, check_state, check_tags, position, refuse_unbuilt
-from ciuic_async.background import BackgroundWriter, Job
+from ciuic_async.arguments import (
+    check_choice,
+    check_metrics,
+    check_number,
+    check_policy,
+    check_state,
+    check_tags,
+    position,
+    refuse_unbuilt,
+)
+from ciuic_async.background import BackgroundWriter, Job, forget_locals
 from ciuic_async.capture import training
 from ciuic_async.capture.state_tree import Captured, decode_plain, encode_plain, flatten
 from ciuic_async.chain import Snapshot, SnapshotChain
@@ -121,14 +129,15 @@ class Checkpointer:
         check_choice("staging", staging, ("auto", "blocking"))
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("on_error", on_error, ("warn", "raise"))
-        for name, value in (
-            ("every_steps", every_steps),
-            ("every_epochs", every_epochs),
-            ("every_seconds", every_seconds),
-        ):
-            if value is not None and not value > 0:
-                raise UsageError(f"{name}={value!r}: expected a number above 0, or None")
+        check_number("every_steps", every_steps, whole=True)
+        check_number("every_epochs", every_epochs)
+        check_number("every_seconds", every_seconds)
+        check_number("host_memory_bytes", host_memory_bytes, whole=True)
+        check_number("busy_timeout_s", busy_timeout_s, zero=True)
         check_bound(host_memory_bytes)
+        check_policy(keep)
+        if key is not None and isinstance(chain, SnapshotChain):
+            raise UsageError("key= was given beside an open SnapshotChain, which has its own: give it to the chain")
         require_single_rank()
         encoder = codec_for(codec)
         self._state = check_state(state)
@@ -156,7 +165,11 @@ class Checkpointer:
         self._prepared = False
         self._closed = False
         self._owner_pid = os.getpid()
-        self._atexit = _close_at_exit(self)
+        # Holds what must be finished, and not this object: a checkpointer that is dropped, or alive when the
+        # interpreter ends, still makes durable what it has taken.
+        self._finalizer = weakref.finalize(
+            self, _end, self._owner_pid, self._writer, self._chain if self._owns_chain else None
+        )
 
     # --- the training loop ------------------------------------------------------------------------------------------
 
@@ -228,14 +241,12 @@ class Checkpointer:
         if self._closed or self._inert():
             return
         self._closed = True
-        atexit.unregister(self._atexit)
-        try:
-            self._writer.close()
-        finally:
-            self._pool.close()
-            if self._owns_chain:
-                self._chain.close()
-        self._surface_errors()
+        self._finalizer()
+        failures = self._take_failures()
+        if failures and self._raises:
+            raise failures[0]  # the others are in the log
+        for failure in failures:
+            self._warn(str(failure))
 
     def stats(self) -> list[SnapshotStats]:
         """Figures of the snapshots taken (the newest 10,000), in order of their completion."""
@@ -334,11 +345,13 @@ class Checkpointer:
             return True
         if self._every_seconds is not None and time.monotonic() - self._last_snapshot_s >= self._every_seconds:
             return True
-        if self._every_epochs is None or epoch is None or epoch == self._epoch_of_snapshot:
+        if self._every_epochs is None or epoch is None:
             return False
         try:
+            if epoch == self._epoch_of_snapshot:
+                return False
             return bool(epoch - self._epoch_of_snapshot >= self._every_epochs)
-        except TypeError:
+        except Exception:  # no number (a text, an array, ...): every change counts
             return True
 
     def _take(self, metrics: Mapping[str, Any] | None, tags: tuple[str, ...]) -> PendingSnapshot:
@@ -351,7 +364,7 @@ class Checkpointer:
         try:
             self._capture_and_stage(pending, metrics, tags, started)
         except CiuicError as error:
-            self._failed_to_take(pending, error)
+            self._failed_to_take(pending, error, started)
         except Exception as error:
             if out_of_memory(error):
                 failure: CiuicError = StoreError(
@@ -360,7 +373,7 @@ class Checkpointer:
             else:
                 failure = InternalError(f"capturing the state failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
-            self._failed_to_take(pending, failure)
+            self._failed_to_take(pending, failure, started)
         return pending
 
     def _capture_and_stage(
@@ -371,6 +384,7 @@ class Checkpointer:
         started: float,
     ) -> None:
         self._prepared = True  # slots are made right now, if there are none yet
+        self._writer.start()
         captured = self._capture()
         request = SaveRequest(
             snapshot=layout.new_id(),
@@ -421,6 +435,7 @@ class Checkpointer:
             raise
         now = time.perf_counter()
         job.stats = replace(job.stats, stall_s=now - started, stage_s=now - staging_started)
+        job.staged_s = now
         windows.end()
         pending.staged()
         notify(self._listener, Event("stage", request.snapshot, raw_bytes, now - staging_started))
@@ -449,7 +464,7 @@ class Checkpointer:
         except Exception as error:  # no snapshot is due: whatever it is will be reported when one is
             logger.warning("the state cannot be captured as it is now: %s", error)
 
-    def _failed_to_take(self, pending: PendingSnapshot, error: CiuicError) -> None:
+    def _failed_to_take(self, pending: PendingSnapshot, error: CiuicError, started: float) -> None:
         if error.kind == "writer_failed":
             return  # the writer knows the cause, and reports it
         quiet = error.kind == "busy" and self._skips_quietly
@@ -457,6 +472,8 @@ class Checkpointer:
             logger.info("snapshot of step %s %s", pending.step, error)
         else:
             logger.error("snapshot of step %s failed: %s", pending.step, error)
+        forget_locals(error)
+        self._writer.record(SnapshotStats(pending.step, "", stall_s=time.perf_counter() - started))
         pending.failed(error, seen=quiet)
         if not quiet:
             self._unfinished.append(pending)
@@ -473,14 +490,23 @@ class Checkpointer:
                     raise TimeoutError(f"snapshot of step {pending.step} is still {pending.phase} after {timeout_s} s")
 
     def _surface_errors(self) -> None:
-        """Report failures that nobody has seen: raise or warn, each once."""
-        while self._unfinished and self._unfinished[0].phase in ("durable", "failed"):
-            failure = self._unfinished.popleft().take_unseen_error()
-            if failure is None:
-                continue
-            if self._raises:
+        """Report failures that nobody has seen: raise the first (the others are in the log) or warn, each once."""
+        problem = self._writer.take_tidy_problem()
+        if problem is not None:
+            self._warn(problem)
+        for number, failure in enumerate(self._take_failures()):
+            if not self._raises:
+                self._warn(str(failure))
+            elif number == 0:
                 raise failure
-            self._warn(str(failure))
+
+    def _take_failures(self) -> list[SaveFailedError]:
+        """Failures that nobody has seen, oldest first; what is finished is forgotten."""
+        if not self._unfinished:
+            return []
+        finished = [pending for pending in self._unfinished if pending.phase in ("durable", "failed")]
+        self._unfinished = deque(pending for pending in self._unfinished if pending not in finished)
+        return [failure for pending in finished if (failure := pending.take_unseen_error()) is not None]
 
     def _warn(self, message: str) -> None:
         warnings.warn(message, CiuicWarning, stacklevel=3)
@@ -490,17 +516,12 @@ class Checkpointer:
         return os.getpid() != self._owner_pid
 
 
-def _close_at_exit(checkpointer: Checkpointer) -> Any:
-    """Flush at interpreter exit for scripts that never call ``close``, without keeping the object alive."""
-    reference = weakref.ref(checkpointer)
-
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            try:
-                alive.close()
-            except CiuicError as error:
-                logger.error("%s", error)
-
-    atexit.register(close)
-    return close
+def _end(owner_pid: int, writer: BackgroundWriter, chain: SnapshotChain | None) -> None:
+    """Finish what was taken. Knows nothing of the checkpointer, which may be gone."""
+    if os.getpid() != owner_pid:
+        return  # a forked child: everything belongs to its parent
+    try:
+        writer.close()
+    finally:
+        if chain is not None:
+            chain.close()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ciuic_async.arguments import check_metrics, check_tags
 from ciuic_async.chain import Snapshot, SnapshotChain
+from ciuic_async.errors import UsageError
 from ciuic_async.events import Listener
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import CHUNK_SIZE_BYTES
@@ -95,6 +96,8 @@ def load(
 def _opened(url: Any, *, create: bool, key: Any = None) -> AbstractContextManager[SnapshotChain]:
     """A chain for the time of one call; a chain that the caller opened stays open."""
     if isinstance(url, SnapshotChain):
+        if key is not None:
+            raise UsageError("key= was given beside an open SnapshotChain, which has its own: give it to the chain")
         return nullcontext(url)
     return SnapshotChain(url, create=create, key=key)
 

@@ -131,5 +131,5 @@ class PendingSnapshot:
 def _call(callback: Callable[[PendingSnapshot], None], pending: PendingSnapshot) -> None:
     try:
         callback(pending)
-    except Exception:
+    except BaseException:  # also SystemExit: it would end the writer thread, and no one else
         logger.exception("a done callback failed for %r", pending)

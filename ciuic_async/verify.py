@@ -8,7 +8,7 @@ they are no part of history, and gc sweeps them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError
@@ -71,7 +71,8 @@ class _Walk:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     checked_bytes: int = 0
-    checked: set[str] = field(default_factory=set)
+    users: dict[str, list[str]] = field(default_factory=dict)
+    """Snapshots that need a segment, by its path: it is checked as a whole for the first of them."""
 
     def report(self, error: CiuicError, *, snapshot: str = "", tensor: str = "", where: str = "") -> None:
         place = (error.where or where).partition(": ")[0]  # the file; the message has the field in it too
@@ -119,7 +120,8 @@ def verify_store(store: Store, *, deep: bool = True, listener: Listener | None =
         _check_snapshot(walk, entry, deep=deep)
         notify(listener, Event("verify", entry.snapshot, entry.raw_bytes, total_bytes=number + 1))
     _check_names(walk, {e.snapshot for e in audit.entries if isinstance(e, SnapshotEntry)})
-    return _report(walk, len(living), deep)
+    gone = _forget_pruned(walk, chain.origin, audit.entries)
+    return _report(walk, len(living) - len(gone), deep)
 
 
 def _report(walk: _Walk, snapshots: int, deep: bool) -> VerifyReport:
@@ -211,6 +213,36 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
         _check_chunks(walk, entry, newest, distinct, names)
 
 
+def _forget_pruned(walk: _Walk, origin: str, history: list[Entry]) -> set[str]:
+    """Drop the problems of snapshots that were pruned meanwhile: a chain that is being trained on loses files rightly.
+
+    Only what a signed prune entry after ``history`` names is let go; the damage of a segment that another snapshot needs
+    stays a problem of that one.
+
+    Returns:
+        The snapshots whose problems were dropped.
+    """
+    if not any(problem.snapshot for problem in walk.problems):
+        return set()
+    entries = audit_log(walk.store, origin).entries
+    if entries[: len(history)] != history:
+        return set()  # not a continuation of what was checked: nothing it says excuses anything
+    pruned = {name for entry in entries[len(history) :] if isinstance(entry, PruneEntry) for name in entry.snapshots}
+    gone = {problem.snapshot for problem in walk.problems} & pruned
+    kept = []
+    for problem in walk.problems:
+        if problem.snapshot not in gone:
+            kept.append(problem)
+            continue
+        heir = next((user for user in walk.users.get(problem.where, ()) if user not in pruned), None)
+        if heir is not None:
+            kept.append(replace(problem, snapshot=heir, tensor=""))
+    walk.problems = kept
+    if gone:
+        walk.notes.append(f"{len(gone)} snapshots were pruned while they were being checked")
+    return gone
+
+
 def _tensor_names(content: Manifest) -> dict[bytes, str]:
     """A tensor for every chunk, to name in problems."""
     names: dict[bytes, str] = {}
@@ -229,10 +261,12 @@ def _check_chunks(
 ) -> None:
     """Every segment as a whole, then every chunk through its own digest."""
     for segment in where.segments():
-        if segment.path not in walk.checked:
-            walk.checked.add(segment.path)
-            if walk.attempt(lambda segment=segment: _check_whole(walk.store, segment), snapshot=entry.snapshot):  # type: ignore[misc]
-                walk.checked_bytes += segment.size_bytes
+        users = walk.users.setdefault(segment.path, [])
+        users.append(entry.snapshot)
+        if len(users) > 1:
+            continue
+        if walk.attempt(lambda segment=segment: _check_whole(walk.store, segment), snapshot=entry.snapshot):  # type: ignore[misc]
+            walk.checked_bytes += segment.size_bytes
     reader = chunk_reader(walk.store)
     for chunk, place in where.chunks.items():
         walk.attempt(

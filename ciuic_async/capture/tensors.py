@@ -193,6 +193,9 @@ def _refusal(tensor: torch.Tensor) -> str | None:
         return "it is on the meta device and has no data"
     if tensor.dtype not in DTYPE_NAMES:
         return f"dtype {tensor.dtype}"
+    needed = int(tensor.storage_offset()) * tensor.element_size() + _extent_bytes(tensor)
+    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
+        return "its storage was freed or shrunk (untyped_storage().resize_)"
     if tensor.dim() > MAX_DIMENSIONS:
         return f"{tensor.dim()} dimensions, at most {MAX_DIMENSIONS}"
     return None
@@ -286,7 +289,8 @@ def _packs(stored: Iterable[_Stored], chunk_size_bytes: int) -> list[tuple[list[
         if not 0 < tensor.size_bytes < PACK_LIMIT_BYTES:
             continue
         item_size = ITEM_SIZE_BYTES[tensor.dtype]
-        key = (tensor.path[0] if tensor.path else None, item_size, tensor.requires_grad)
+        # A tensor that is itself a top-level item shares packs with its like: a bare state_dict is one name, not many.
+        key = (tensor.path[0] if len(tensor.path) > 1 else None, item_size, tensor.requires_grad)
         current = open_packs.get(key)
         if current is not None:
             members, size, _ = packs[current]

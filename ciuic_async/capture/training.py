@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -214,8 +214,11 @@ def _uncast(current: Any, saved: Any) -> Any:
 def merge_plain(live: Any, saved: Any) -> Any:
     """Put a saved plain tree into a live one: tensors, arrays, dicts and lists in place, the rest by value.
 
+    The tensors, arrays, dicts and lists inside tuples and named tuples are filled in place too.
+
     Returns:
-        ``live`` where it could be changed in place, else ``saved``.
+        ``live`` where it could be changed in place, else ``saved``; for tuples a new one if any of its items is another
+        object now.
     """
     if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
         if live.shape != saved.shape or live.dtype != saved.dtype or _overlaps_itself(live):
@@ -234,11 +237,26 @@ def merge_plain(live: Any, saved: Any) -> Any:
         live.update(merged)
         return live
     if type(live) is list and type(saved) is list:
-        live[:] = [
-            merge_plain(live[number], value) if number < len(live) else value for number, value in enumerate(saved)
-        ]
+        live[:] = _merge_items(live, saved)
         return live
+    if isinstance(live, tuple) and isinstance(saved, tuple) and _same_kind_of_tuple(live, saved):
+        items = _merge_items(live, saved)
+        if len(items) == len(live) and all(item is old for item, old in zip(items, live, strict=True)):
+            return live
+        return tuple.__new__(type(live), items)
     return saved
+
+
+def _merge_items(live: Sequence[Any], saved: Sequence[Any]) -> list[Any]:
+    return [merge_plain(live[number], value) if number < len(live) else value for number, value in enumerate(saved)]
+
+
+def _same_kind_of_tuple(live: tuple[Any, ...], saved: tuple[Any, ...]) -> bool:
+    """Whether both are plain tuples, or named tuples of the same fields: a local class comes back as a new type."""
+    if type(live) is type(saved):
+        return type(live) is tuple or hasattr(live, "_fields")
+    fields = getattr(live, "_fields", None)
+    return fields is not None and fields == getattr(saved, "_fields", None)
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -13,6 +12,7 @@ from ciuic_async.format.entry import PruneEntry, SnapshotEntry
 from ciuic_async.transparency.log import Log
 
 _ANCESTOR = re.compile(r"(.*)~([0-9]{1,6})")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _ID_PREFIX = re.compile(r"[0-9a-f]{4,20}")
 
 
@@ -45,11 +45,11 @@ class _Index:
 
 
 _indexes: WeakKeyDictionary[Log, _Index] = WeakKeyDictionary()
-_mutex = threading.Lock()
 
 
 def _index(log: Log) -> _Index:
-    with _mutex:
+    # Under the log's own lock and no other: appending holds it when it asks for the living snapshots.
+    with log.lock:
         index = _indexes.setdefault(log, _Index())
         for number, entry in log.entries(index.size):
             if isinstance(entry, SnapshotEntry):
@@ -65,7 +65,8 @@ def _index(log: Log) -> _Index:
 
 def live_snapshots(log: Log) -> list[Line]:
     """Snapshots that are not pruned, oldest first. Reads the whole log once, later only what is new."""
-    return list(_index(log).living.values())
+    with log.lock:
+        return list(_index(log).living.values())
 
 
 def is_live(log: Log, snapshot: str) -> bool:
@@ -88,7 +89,7 @@ def resolve_ref(log: Log, ref: str) -> Line:
     if ref == "latest":
         return _first(log, lambda line: True, ref)
     kind, _, value = ref.partition(":")
-    if kind == "step" and value.isdigit():
+    if kind == "step" and _NUMBER.fullmatch(value):
         return _first(log, lambda line: line.entry.step == int(value), ref)
     if kind == "best" and value:
         return _best(log, value)
@@ -152,4 +153,5 @@ def _not_found(log: Log, ref: str) -> NotFoundError:
 
 def parents(log: Log) -> dict[bytes, str]:
     """Snapshot id of every snapshot entry by its leaf hash, pruned ones included."""
-    return dict(_index(log).names)
+    with log.lock:
+        return dict(_index(log).names)

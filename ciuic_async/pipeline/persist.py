@@ -93,6 +93,10 @@ class Persister:
         self._run = run
         self._workers = OrderedWorkers(WRITE.encode_threads, "ciuic-encode", lower_priority)
 
+    def start(self) -> None:
+        """Start the encoding threads: early, since an interpreter that ends starts none any more. Idempotent."""
+        self._workers.start()
+
     def close(self) -> None:
         """Stop the encoding threads. Idempotent."""
         self._workers.close()
@@ -170,11 +174,18 @@ class Persister:
         return Persisted(index, entry, merkle.leaf_hash(data), final.chunks, deduplicated)
 
     def _known_chunks(self, parent: Parent | None) -> Mapping[bytes, ChunkLocation]:
-        """Chunks that may be referenced: the parent's, unless another writer has pruned it."""
+        """Chunks that may be referenced: those of the parent whose segments are there, unless it was pruned."""
         if parent is None or not parent.locations:
             return {}
         self._target.log.refresh()
-        return parent.locations if is_live(self._target.log, parent.snapshot) else {}
+        if not is_live(self._target.log, parent.snapshot):
+            return {}
+        store = self._target.store
+        segments = {place.segment for place in parent.locations.values()}
+        gone = {segment for segment in segments if store.size(segment.path) != segment.size_bytes}
+        if not gone:
+            return parent.locations
+        return {chunk: place for chunk, place in parent.locations.items() if place.segment not in gone}
 
     def _encoded(
         self, window: StagedWindow, known: Mapping[bytes, ChunkLocation]

@@ -57,6 +57,7 @@ def read_tensors(
     reader = chunk_reader(store, verify=verify)
     stop = threading.Event()
     total = sum(sizes[chunk] for chunk in jobs)
+    devices = {target.device for target in targets.values() if target.device.type == "cuda"}
 
     def work(chunk: bytes, placements: list[Placement]) -> None:
         if stop.is_set():
@@ -83,6 +84,9 @@ def read_tensors(
             place.target[place.target_offset : place.target_offset + place.size_bytes].copy_(part)
         notify(listener, Event("restore", resolved.entry.snapshot, sizes[chunk], total_bytes=total))
 
+    # Training may have queued work on a stream of its own that still reads or writes the targets; the reading threads
+    # copy on their own current streams, which wait for none of it.
+    _synchronize(devices)
     with ThreadPoolExecutor(min(READ.threads, len(jobs)), "ciuic-read") as pool:
         futures: list[Future[None]] = [pool.submit(work, chunk, places) for chunk, places in jobs.items()]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -90,6 +94,12 @@ def read_tensors(
         if failures:
             stop.set()
             raise failures[0]
+    _synchronize(devices)  # and what training queues next, on whatever stream, sees all that was copied
+
+
+def _synchronize(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.synchronize(device)
 
 
 def plan_reads(resolved: Resolved, targets: Mapping[int, torch.Tensor]) -> dict[bytes, list[Placement]]:

@@ -53,7 +53,7 @@ class OrderedWorkers:
         if self._count == 1:
             yield from map(function, items)
             return
-        self._start()
+        self.start()
         ahead: deque[_Task] = deque()
         try:
             for item in items:
@@ -78,7 +78,10 @@ class OrderedWorkers:
             thread.join()
         self._threads = []
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the threads, if they do not run yet. Idempotent."""
+        if self._count == 1:
+            return
         while len(self._threads) < self._count:
             name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(target=self._work, name=name, daemon=True)

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ciuic_async.errors import UsageError
+from ciuic_async.events import logger
 from ciuic_async.format.segment import align_up
 from ciuic_async.options import STAGING
 
+
+@dataclass(frozen=True, slots=True)
+class _CgroupFiles:
+    """Where one version of cgroups says what memory it allows, what is used, and how much of that is page cache."""
+
+    limit: str
+    usage: str
+    stat: str
+    page_cache: tuple[str, ...]
+
+
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    _CgroupFiles(
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.current",
+        "/sys/fs/cgroup/memory.stat",
+        ("inactive_file", "active_file"),
+    ),
+    _CgroupFiles(
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+    ),
 )
 
 
@@ -25,12 +48,17 @@ class SlotPlan:
 
 
 def available_bytes() -> int:
-    """Memory that this process may still take: the least of what the machine and the cgroup leave."""
+    """Memory that this process may still take: the least of what the machine and the cgroup leave.
+
+    Page cache does not count as taken. The kernel gives it up as soon as somebody asks for memory; after a data set was
+    read it fills the whole limit, and a state that fits would be staged in windows.
+    """
     left = [_meminfo_available()]
-    for limit_file, usage_file in _CGROUPS:
-        limit, usage = _number(limit_file), _number(usage_file)
+    for files in _CGROUPS:
+        limit, usage = _number(files.limit), _number(files.usage)
         if limit is not None and usage is not None:
-            left.append(max(limit - usage, 0))
+            taken = max(usage - _page_cache(files), 0)
+            left.append(max(limit - taken, 0))
     return min(left)
 
 
@@ -67,8 +95,31 @@ def plan_slots(state_bytes: int, host_memory_bytes: int | None, chunk_size_bytes
         return SlotPlan(STAGING.slots, needed, windowed=False)
     if bound >= needed:
         return SlotPlan(1, needed, windowed=False)
+    if host_memory_bytes is None:
+        _warn_of_windows(needed)
     window = max(bound // 2 // chunk_size_bytes, 1) * chunk_size_bytes
     return SlotPlan(2, window, windowed=True)
+
+
+@cache  # once in a process, for every save plans anew
+def _warn_of_windows(needed_bytes: int) -> None:
+    logger.warning(
+        "a snapshot needs %d bytes of host memory, and that is more than %d %% of what is free: it is staged in "
+        "windows, so training waits until most of it is written; free memory or set host_memory_bytes=%d",
+        needed_bytes,
+        round(100 * STAGING.memory_fraction),
+        needed_bytes,
+    )
+
+
+def _page_cache(files: _CgroupFiles) -> int:
+    """Bytes of the cgroup's usage that the kernel can take back by itself; 0 where it does not say."""
+    try:
+        lines = Path(files.stat).read_text().splitlines()
+    except OSError:
+        return 0
+    figures = (line.split() for line in lines)
+    return sum(int(f[1]) for f in figures if len(f) == 2 and f[0] in files.page_cache and f[1].isdigit())
 
 
 def _number(path: str) -> int | None:

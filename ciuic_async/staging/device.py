@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -26,14 +27,17 @@ class Pending(Protocol):
     """Copies under way."""
 
     def wait(self) -> None:
-        """Return when every copy is complete; the sources may change from then on."""
+        """Return when every copy is complete; the sources may change from then on. May be called again."""
 
 
 class Device(Protocol):
     """Where tensors live."""
 
     def copy(self, copies: Sequence[Copy]) -> Pending:
-        """Start copying what the sources hold in the order of the current stream. Called on the training thread."""
+        """Start copying what the sources hold in the order of the current stream. Called on the training thread.
+
+        When it raises, no copy is under way.
+        """
 
     def pin(self, memory: torch.Tensor) -> bool:
         """Page-lock host memory for fast copies, and say whether that worked. Without it copies are right, but slower.
@@ -93,38 +97,63 @@ class CudaDevice:
         with torch.cuda.device(self._device):
             if self._stream is None:
                 self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(torch.cuda.current_stream())
-            self._stream.wait_event(ready)
-            with torch.cuda.stream(self._stream):
-                for target, source in copies:
-                    for part_target, part_source in _within_pinned_ranges(target, source):
-                        part_target.copy_(part_source, non_blocking=True)
-                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                done.record(self._stream)
+            try:
+                done = self._queue(copies)
+            except BaseException:
+                # Copies queued before still write into the slot, which its owner now gives to somebody else.
+                with suppress(RuntimeError):  # a broken device copies no more, and the first error says why
+                    self._stream.synchronize()
+                raise
         return _CudaPending(done, copies)
 
+    def _queue(self, copies: Sequence[Copy]) -> Any:
+        """Queue the copies on the side stream, behind what the current stream holds now; the event after the last."""
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record(torch.cuda.current_stream())
+        self._stream.wait_event(ready)
+        with torch.cuda.stream(self._stream):
+            for target, source in copies:
+                for part_target, part_source in _within_pinned_ranges(target, source):
+                    part_target.copy_(part_source, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        return done
+
     def pin(self, memory: torch.Tensor) -> bool:
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        for start in range(0, memory.numel(), STAGING.pin_range_bytes):
-            size = min(STAGING.pin_range_bytes, memory.numel() - start)
-            error = runtime.cudaHostRegister(memory.data_ptr() + start, size, 0)
-            if int(error) != 0:
-                for undo in range(0, start, STAGING.pin_range_bytes):
-                    runtime.cudaHostUnregister(memory.data_ptr() + undo)
-                logger.warning(
-                    "cannot pin %d bytes of host memory (%s): copies from the GPU are slower; "
-                    "raise ulimit -l or lower host_memory_bytes",
-                    memory.numel(),
-                    error,
-                )
-                return False
+        # Background threads start on device 0: registering there would make a context on a GPU that is not ours.
+        with torch.cuda.device(self._device):
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            for start in range(0, memory.numel(), STAGING.pin_range_bytes):
+                size = min(STAGING.pin_range_bytes, memory.numel() - start)
+                error = runtime.cudaHostRegister(memory.data_ptr() + start, size, 0)
+                if int(error) != 0:
+                    for undo in range(0, start, STAGING.pin_range_bytes):
+                        runtime.cudaHostUnregister(memory.data_ptr() + undo)
+                    self._forget_last_error()
+                    logger.warning(
+                        "cannot pin %d bytes of host memory (%s): copies from the GPU are slower; "
+                        "raise ulimit -l or lower host_memory_bytes",
+                        memory.numel(),
+                        error,
+                    )
+                    return False
         return True
 
     def unpin(self, memory: torch.Tensor) -> None:
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        for start in range(0, memory.numel(), STAGING.pin_range_bytes):
-            runtime.cudaHostUnregister(memory.data_ptr() + start)
+        # A device that training broke must not keep us from giving the memory back: the driver forgets it by itself.
+        with suppress(RuntimeError), torch.cuda.device(self._device):
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            for start in range(0, memory.numel(), STAGING.pin_range_bytes):
+                runtime.cudaHostUnregister(memory.data_ptr() + start)
+
+    def _forget_last_error(self) -> None:
+        """Clear the error that CUDA remembers of this thread.
+
+        The refusal was handled, yet the next kernel launched on this thread would report it as its own: in the middle
+        of training, when the training thread pins. torch has no call for it, but every launch reads and clears it.
+        """
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self._device)
 
 
 def _within_pinned_ranges(target: torch.Tensor, source: torch.Tensor) -> list[Copy]:

@@ -44,6 +44,7 @@ class Slot:
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = 0
         self.sequence = 0
+        self._maker = os.getpid()
         self._fd = os.memfd_create("ciuic-slot", os.MFD_CLOEXEC)
         self._map: mmap.mmap | None = None
         self._payload_at = 0
@@ -123,24 +124,37 @@ class Slot:
 
     def close(self) -> None:
         """Give the memory back. Idempotent; views of the payload must be gone."""
-        self._unmap()
+        unmapped = self._unmap()
         if self._fd >= 0:
+            # Forked children (data loader workers) hold the descriptor too, and would keep every page alive. Where a
+            # view still lives its next read would be a SIGBUS; in a child the memory is the parent's to give back.
+            if unmapped and os.getpid() == self._maker:
+                with suppress(OSError):
+                    os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
 
-    def _unmap(self) -> None:
+    def _unmap(self) -> bool:
+        """Remove the mapping; False when a view keeps it alive."""
         if self._map is None:
-            return
+            return True
         if self._pinned is not None:
             self._pinned.unpin(self.payload())
             self._pinned = None
         mapping, self._map = self._map, None
-        with suppress(BufferError):  # a view still lives; the mapping goes with it
+        try:
             mapping.close()
+        except BufferError:  # a view still lives; the mapping goes with it
+            return False
+        return True
 
 
 class SlotPool:
-    """The slots of one checkpointer."""
+    """The slots of one checkpointer.
+
+    However plans change, slots grow and are made only within ``count * size_bytes`` of the plan at hand: all slots
+    together stay within the bound that every plan was made for.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -167,10 +181,18 @@ class SlotPool:
                 while len(slots) < plan.count and (slot := self._take(plan, table_bytes, timeout_s=0.0)):
                     slots.append(slot)
             self._being_prepared = len(slots)
-            self._preparing = threading.Thread(
-                target=self._touch, args=(slots, device), name="ciuic-touch", daemon=True
-            )
-            self._preparing.start()
+            thread = threading.Thread(target=self._touch, args=(slots, device), name="ciuic-touch", daemon=True)
+            try:
+                thread.start()
+            except (
+                RuntimeError
+            ) as error:  # no threads left, or the interpreter ends: whoever acquires them touches them
+                logger.debug("slots are not prepared: %s", error)
+                self._being_prepared = 0
+                for slot in slots:
+                    self.release(slot)
+                return
+            self._preparing = thread
 
     def _touch(self, slots: list[Slot], device: Device) -> None:
         for slot in slots:
@@ -203,14 +225,9 @@ class SlotPool:
             while True:
                 if self._closed:
                     return None
-                if self._free:
-                    slot = max(self._free, key=lambda free: free.size_bytes)
-                    self._free.remove(slot)
-                    break
-                if len(self._slots) < plan.count:
-                    slot = Slot(plan.size_bytes)
-                    self._slots.append(slot)
-                    break
+                slot = self._reuse_or_make(plan, table_bytes)
+                if slot is not None:
+                    return slot
                 if self._being_prepared:
                     self._condition.wait()
                     continue
@@ -218,8 +235,38 @@ class SlotPool:
                 if left is not None and left <= 0:
                     return None
                 self._condition.wait(left)
+
+    def _reuse_or_make(self, plan: SlotPlan, table_bytes: int) -> Slot | None:
+        """A slot of at least the plan's size, or None when another must be released first. The lock is held."""
+        if len(self._slots) - len(self._free) >= plan.count:
+            return None
+        size = align_up(plan.size_bytes, PAGE_BYTES)
+        bound = plan.count * size
+        free = sorted(self._free, key=lambda slot: slot.size_bytes)
+
+        # The state shrank, or is staged in windows now: a slot that is too large leaves no room for the missing ones.
+        while (
+            free
+            and free[-1].size_bytes > size
+            and (missing := plan.count - len(self._slots)) > 0
+            and self.held_bytes + missing * size > bound
+        ):
+            self._drop(free.pop())
+
+        slot = free.pop() if free else None
+        growth = size if slot is None else max(size - slot.size_bytes, 0)
+        while growth and free and self.held_bytes + growth > bound:
+            self._drop(free.pop(0))
+        if growth and self.held_bytes + growth > bound:
+            return None
+
+        if slot is None:
+            slot = Slot(size)
+            self._slots.append(slot)
+        else:
+            self._free.remove(slot)
         try:
-            slot.resize(plan.size_bytes, table_bytes)
+            slot.resize(size, table_bytes)
         except BaseException:
             self._drop(slot)
             raise
@@ -239,9 +286,7 @@ class SlotPool:
         """Give back free slots beyond the plan's number: the state grew, and memory has a bound."""
         with self._condition:
             while len(self._slots) > plan.count and self._free:
-                slot = self._free.pop()
-                self._slots.remove(slot)
-                slot.close()
+                self._drop(self._free[-1])
 
     def close(self) -> None:
         """Give all memory back; slots still in use follow when they are released."""
@@ -259,8 +304,9 @@ class SlotPool:
 
     def _drop(self, slot: Slot) -> None:
         with self._condition:
-            if slot in self._slots:
-                self._slots.remove(slot)
+            for slots in (self._slots, self._free):
+                if slot in slots:
+                    slots.remove(slot)
             slot.close()
             self._condition.notify_all()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from ciuic_async.handoffs import CapturePlan, PlannedChunk
-from ciuic_async.staging.device import Copy, Device
+from ciuic_async.staging.device import Copy, Device, Pending
 
 
 class Source(Protocol):
@@ -53,7 +54,8 @@ def windows(plan: CapturePlan, size_bytes: int) -> Iterator[tuple[int, tuple[Pla
 def stage(sources: Sequence[Source], payload: torch.Tensor, base: int, end: int, devices: DeviceMap) -> None:
     """Copy everything the sources hold between addresses ``base`` and ``end`` into ``payload``.
 
-    Blocks until all copies are complete: after it returns, training may change its tensors.
+    Blocks until all copies are complete: after it returns, training may change its tensors. After it raised, too, and
+    nothing writes into ``payload`` any more.
 
     Args:
         sources: in address order, covering every byte of every chunk.
@@ -71,9 +73,17 @@ def stage(sources: Sequence[Source], payload: torch.Tensor, base: int, end: int,
         flat = source.flat if isinstance(source.flat, torch.Tensor) else _as_tensor(source.flat)
         part = flat[low - source.address : high - source.address]
         by_device.setdefault(str(part.device), (part.device, []))[1].append((target, part))
-    pending = [devices.of(device).copy(copies) for device, copies in by_device.values()]
-    for work in pending:
-        work.wait()
+    pending: list[Pending] = []
+    try:
+        for device, copies in by_device.values():
+            pending.append(devices.of(device).copy(copies))
+        for work in pending:
+            work.wait()
+    except BaseException:
+        for work in pending:
+            with suppress(BaseException):  # whatever it is, the first error is the cause, and the others must end too
+                work.wait()
+        raise
 
 
 def _as_tensor(memory: memoryview) -> torch.Tensor:

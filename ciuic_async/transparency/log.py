@@ -20,11 +20,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import TypeVar
 
 from ciuic_async.errors import (
-    CiuicError,
     CiuicWarning,
     CommitConflictError,
     IntegrityError,
@@ -79,6 +78,11 @@ class Log:
         self._bad_head_file: bytes | None = None
         self._head_signers: tuple[Vkey, ...] = ()
         self._warned: set[str] = set()
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """What every call holds; hold it to see one state over several calls. Re-entrant."""
+        return self._lock
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -451,7 +455,7 @@ class Log:
         """Publish derived files of a slot that is won: from here on nothing may look like a failure."""
         try:
             self.publish_derived(key)
-        except (CiuicError, OSError) as error:
+        except Exception as error:
             _logger.warning(
                 "%s: entries are durable in their slot, but tiles or log head are not written yet "
                 "(the next append does it): %s",
