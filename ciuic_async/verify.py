@@ -216,8 +216,8 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
 def _forget_pruned(walk: _Walk, origin: str, history: list[Entry]) -> set[str]:
     """Drop the problems of snapshots that were pruned meanwhile: a chain that is being trained on loses files rightly.
 
-    Only what a signed prune entry after ``history`` names is let go; the damage of a segment that another snapshot needs
-    stays a problem of that one.
+    Only what a signed prune entry after ``history`` names is let go; the damage of a segment that another snapshot
+    needs stays a problem of that one.
 
     Returns:
         The snapshots whose problems were dropped.

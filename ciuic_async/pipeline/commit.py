@@ -46,7 +46,7 @@ def commit(
     written: FinishedSegments,
     where: Locator,
     entry: bytes,
-    ensure_chunks: Callable[[Locator], Locator],
+    ensure_chunks: Callable[[Locator, list[str]], Locator],
 ) -> int:
     """Make a snapshot durable.
 
@@ -56,7 +56,8 @@ def commit(
         where: locator of all its chunks, generation 0.
         entry: the log entry.
         ensure_chunks: called before every claim, since other writers may have pruned in between: gives the locator to
-            go by, having published it and whatever it rewrote if that is a newer generation.
+            go by, having published it and whatever it rewrote if that is a newer generation; names that it
+            publishes go into the list first, so that a failure can withdraw them.
 
     Returns:
         Index of the entry: the snapshot is durable.
@@ -76,7 +77,7 @@ def commit(
 
         def before_claim(log: Log) -> list[bytes]:
             nonlocal current, claiming
-            current = ensure_chunks(current)
+            current = ensure_chunks(current, published)
             _check_segments(store, current)
             claiming = True
             return [entry]
@@ -89,10 +90,11 @@ def commit(
         raise
 
 
-def publish_rewritten(store: Store, written: FinishedSegments, where: Locator) -> None:
-    """Publish replacement segments and the locator generation that names them."""
-    store.publish(written.files)
-    store.publish(_filled(store, [(layout.locator(where.snapshot, where.generation), where.encode())]))
+def publish_rewritten(store: Store, written: FinishedSegments, where: Locator, published: list[str]) -> None:
+    """Publish replacement segments and the locator generation that names them; adds their names to ``published``."""
+    _publish(store, list(written.files), published)
+    name = layout.locator(where.snapshot, where.generation)
+    _publish(store, _filled(store, [(name, where.encode())]), published)
 
 
 def _publish(store: Store, files: list[Unpublished], published: list[str]) -> None:

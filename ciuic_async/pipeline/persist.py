@@ -247,7 +247,7 @@ class _Rewriter:
         self._sizes = sizes
         self.current: Locator | None = None
 
-    def ensure(self, where: Locator) -> Locator:
+    def ensure(self, where: Locator, published: list[str]) -> Locator:
         """``where``, or a newer generation that does not lean on a pruned parent."""
         parent = self._request.parent
         foreign = {
@@ -263,7 +263,7 @@ class _Rewriter:
                 writer.append(self._codec.encode(raw, chunk, item_size))
             written = writer.finish()
             newer = Locator(where.snapshot, where.generation + 1, {**where.chunks, **written.locations})
-            publish_rewritten(self._target.store, written, newer)
+            publish_rewritten(self._target.store, written, newer, published)
         except BaseException:
             writer.abort()
             raise

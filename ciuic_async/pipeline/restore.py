@@ -66,8 +66,8 @@ class TensorLoader:
         except (RuntimeError, MemoryError) as error:  # torch says that memory is out with a RuntimeError
             name = dotted(stored.path)
             raise StoreError(
-                f"snapshot {self._resolved.entry.snapshot}: tensor {name}: cannot allocate its {stored.size_bytes} bytes "
-                f"on {self._device}: {str(error)[:300]}; free memory, or load less with only=",
+                f"snapshot {self._resolved.entry.snapshot}: tensor {name}: cannot allocate its "
+                f"{stored.size_bytes} bytes on {self._device}: {str(error)[:300]}; free memory, or use only=",
                 kind="out_of_memory",
                 where=name,
             ) from error
@@ -192,7 +192,7 @@ class _Fit:
 class _LiveEntry:
     """Memory that a module's entry occupies, and what the snapshot has for it.
 
-    ``low`` and ``high`` are addresses. ``saved_view``: dtype, shape, strides and offset in bytes in stored tensor ``index``.
+    ``low`` and ``high`` are addresses; ``saved_view`` looks into the stored tensor ``index``, its offset in bytes.
     """
 
     fit: _Fit
@@ -314,7 +314,8 @@ def _live_entry(fit: _Fit, key: str, tensor: torch.Tensor, index: int, view: Vie
     if view is None:  # the stored tensor itself, contiguous
         shape = tuple(tensor.shape)
         view = (str(tensor.dtype), shape, tuple(math.prod(shape[number + 1 :]) for number in range(len(shape))), 0)
-    return [_LiveEntry(fit, key, tensor, low, low + extent_bytes(tensor), index, view)]
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return [_LiveEntry(fit, key, tensor, low, low + (last + 1) * tensor.element_size(), index, view)]
 
 
 def _drop_overlaps(entries: Sequence[_LiveEntry]) -> list[str]:
@@ -367,8 +368,9 @@ def _share_elements(one: _LiveEntry, other: _LiveEntry) -> bool:
     if one.tensor.is_contiguous() and other.tensor.is_contiguous():
         return True
     size = one.tensor.element_size()
-    if other.tensor.element_size() != size or (other.low - one.low) % size:
-        return True  # no module does this; refusing is safe
+    expanded = any(step == 0 for entry in (one, other) for _, step in _layout(entry.tensor))
+    if expanded or other.tensor.element_size() != size or (other.low - one.low) % size:
+        return True  # too rare to look closer; refusing is safe
     low = min(one.low, other.low)
     used = torch.zeros((max(one.high, other.high) - low) // size, dtype=torch.bool)
     used.as_strided(one.tensor.shape, one.tensor.stride(), (one.low - low) // size).fill_(True)
@@ -401,7 +403,6 @@ def _array_problem(path: str, node: Node, live: np.ndarray[Any, Any]) -> Iterato
         yield f"{path}: dtype {str(node.get('dtype'))[:80]} in the snapshot, {live.dtype.str} in the live state"
 
 
-_TUPLE_TAGS = {True: "namedtuple", False: "tuple"}
 _LIVE_TAGS: dict[type, str] = {dict: "dict", OrderedDict: "ordered_dict", defaultdict: "default_dict"}
 
 
@@ -414,7 +415,13 @@ def _paired(node: Node, live: Any) -> Iterator[tuple[Any, Any, Node]]:
         for key, value in live.items():
             yield key, value, saved.get(key)
     elif isinstance(live, list | tuple):
-        items = node if isinstance(live, list) else fields.get(_TUPLE_TAGS[hasattr(live, "_fields")])
+        items: Node = None
+        if isinstance(live, list):
+            items = node
+        elif type(live) is tuple:
+            items = fields.get("tuple")
+        elif fields.get("fields") == list(getattr(live, "_fields", ())):
+            items = fields.get("namedtuple")
         known = items if isinstance(items, list) else []
         for number, value in enumerate(live):
             yield number, value, known[number] if number < len(known) else None

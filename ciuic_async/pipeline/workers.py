@@ -36,7 +36,11 @@ class _Task:
 
 
 class OrderedWorkers:
-    """``count`` daemon threads, started on first use. ``map`` may be used by one thread at a time."""
+    """``count`` daemon threads, started by ``start`` or on first use. One thread at a time may use this.
+
+    Where threads cannot be started (a limit of the machine; Python 3.12 starts none once the interpreter exits) those
+    there are do the work, or the caller alone does it.
+    """
 
     def __init__(self, count: int, name: str, initializer: Callable[[], None]) -> None:
         self._count = count
@@ -50,10 +54,10 @@ class OrderedWorkers:
 
         When the consumer stops early, or a call raises, no call is running any more when this ends.
         """
-        if self._count == 1:
+        self.start()
+        if not self._threads:
             yield from map(function, items)
             return
-        self.start()
         ahead: deque[_Task] = deque()
         try:
             for item in items:
@@ -79,13 +83,16 @@ class OrderedWorkers:
         self._threads = []
 
     def start(self) -> None:
-        """Start the threads, if they do not run yet. Idempotent."""
+        """Start the threads that do not run yet, as far as that is possible. Idempotent."""
         if self._count == 1:
             return
         while len(self._threads) < self._count:
             name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(target=self._work, name=name, daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                return
             self._threads.append(thread)
 
     def _work(self) -> None:

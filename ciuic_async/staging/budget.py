@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from threading import Event
 
 from ciuic_async.errors import UsageError
 from ciuic_async.events import logger
@@ -36,6 +36,8 @@ _CGROUPS = (
         ("total_inactive_file", "total_active_file"),
     ),
 )
+
+_warned = Event()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,11 @@ def plan_slots(state_bytes: int, host_memory_bytes: int | None, chunk_size_bytes
     return SlotPlan(2, window, windowed=True)
 
 
-@cache  # once in a process, for every save plans anew
 def _warn_of_windows(needed_bytes: int) -> None:
+    """Once in a process: every save plans anew."""
+    if _warned.is_set():
+        return
+    _warned.set()
     logger.warning(
         "a snapshot needs %d bytes of host memory, and that is more than %d %% of what is free: it is staged in "
         "windows, so training waits until most of it is written; free memory or set host_memory_bytes=%d",

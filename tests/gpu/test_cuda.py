@@ -92,6 +92,27 @@ def test_copies_from_another_current_stream_are_ordered(slot: Slot) -> None:
     assert bool((slot.payload()[: value.numel()] == 7).all())
 
 
+def test_no_copy_runs_any_more_when_one_could_not_be_queued(slot: Slot) -> None:
+    """copy() that raises has waited for what it queued before: the slot may be given to somebody else."""
+    device = CudaDevice(CUDA)
+    work = torch.randn(2048, 2048, device=CUDA)
+    value = torch.zeros(16 << 20, dtype=torch.uint8, device=CUDA)
+    slot.payload().zero_()
+    _busy(work)
+    value.fill_(7)
+    part = slot.payload()[: value.numel()]
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        device.copy([(part, value), (slot.payload()[:100], value[:50])])
+    assert bool((part == 7).all())
+
+
+def test_refused_pinning_does_not_fail_what_training_launches_next(slot: Slot) -> None:
+    """The driver's error for memory that is pinned already is gone: the next kernel on this thread works."""
+    assert not CudaDevice(CUDA).pin(slot.payload())
+    assert torch.ones(3, device=CUDA).sum().item() == 3
+    assert slot.payload().is_pinned()
+
+
 def test_state_on_the_gpu_round_trips(tmp_path: Path) -> None:
     """Values, sharing and layouts are those of the device tensors; map_location decides where they go."""
     base = torch.randn(300_000, device=CUDA)

@@ -228,6 +228,7 @@ def test_odd_epochs_never_raise(tmp_path: Path) -> None:
         for epoch in (np.array([1, 2]), np.array([1, 3]), "three", (1, 2)):
             ckpt.step(epoch=epoch)
         ckpt.flush(WAIT_S)
+    assert [snapshot.epoch for snapshot in SnapshotChain(tmp_path / "chain")] == ["three", None]
 
 
 def test_a_callback_that_exits_does_not_end_the_writer(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_a_callback_that_exits_does_not_end_the_writer(tmp_path: Path) -> None:
         pending = ckpt.save()
         pending.add_done_callback(leave)
         pending.wait_durable(WAIT_S)
-        ckpt.save().wait_durable(WAIT_S)
+        assert ckpt.save().wait_durable(WAIT_S).parent is not None
 
 
 @pytest.mark.parametrize("ref", ["step:²", "step:", "step:-1", "step:1e3", "step:" + "9" * 5000])

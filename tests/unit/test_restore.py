@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import enum
+import re
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,10 +26,13 @@ from ciuic_async import (
     IntegrityError,
     NotFoundError,
     SnapshotChain,
+    StoreError,
     TargetMismatchError,
     UsageError,
 )
 from ciuic_async.format import layout
+from ciuic_async.pipeline.commit import Resolved
+from ciuic_async.pipeline.restore import load_tree
 from tests.strategies import fingerprint
 
 
@@ -424,3 +432,214 @@ def test_a_ref_that_is_none_is_a_usage_error(tmp_path: Path) -> None:
     """An empty ref means nothing."""
     with Checkpointer(tmp_path / "chain", {"n": 1}) as ckpt, pytest.raises(UsageError):
         ckpt.restore("")
+
+
+# --- plain trees that do not fit --------------------------------------------------------------------------------------
+
+PLAIN_MISMATCHES: dict[str, tuple[Any, Any, str]] = {
+    "shape": (torch.ones(4), torch.zeros(5), r"plain: shape \[4\] in the snapshot, \[5\]"),
+    "dtype": ({"a": torch.ones(4)}, {"a": torch.zeros(4).double()}, r"plain\.a: dtype float32.*float64"),
+    "missing tensor": ({"n": 1}, {"n": 1, "ema": torch.zeros(4)}, r"plain\.ema: no tensor in the snapshot"),
+    "shorter list": ([torch.ones(2)], [torch.zeros(2), torch.zeros(2)], r"plain\.1: no tensor in the snapshot"),
+    "other container": ([torch.ones(2)], (torch.zeros(2),), r"plain\.0: no tensor in the snapshot"),
+    "inside a tuple": ((1, torch.ones(2)), (1, torch.zeros(3)), r"plain\.1: shape \[2\]"),
+    "array shape": ({"a": np.ones(3)}, {"a": np.zeros(4)}, r"plain\.a: shape \[3\] in the snapshot, \[4\]"),
+    "array dtype": ({1: np.ones(3)}, {1: np.zeros(3, np.float32)}, r"plain\.1: dtype <f8 in the snapshot, <f4"),
+    "array for tensor": ({"a": torch.ones(3)}, {"a": np.zeros(3)}, r"plain\.a: no array in the snapshot"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_MISMATCHES)
+def test_live_tensors_of_plain_trees_must_fit(name: str, tmp_path: Path) -> None:
+    """A live tensor or array that the snapshot cannot fill is a mismatch: an error, or reported without strict."""
+    saved, live, says = PLAIN_MISMATCHES[name]
+    with Checkpointer(tmp_path / "chain", {"plain": saved}, rng=False) as ckpt:
+        ckpt.save()
+    before = fingerprint(live)
+    state = {"plain": live}
+    with Checkpointer(tmp_path / "chain", state, rng=False) as ckpt:
+        with pytest.raises(TargetMismatchError, match=says):
+            ckpt.restore()
+        assert state["plain"] is live
+        assert fingerprint(live) == before
+        progress = ckpt.restore(strict=False)
+    assert progress is not None
+    assert len(progress.mismatches) == 1
+    assert re.search(says, progress.mismatches[0])
+
+
+def test_plain_values_of_plain_trees_may_come_and_go(tmp_path: Path) -> None:
+    """Keys and items without live tensors are values, and a saved tensor comes to where there was none."""
+    saved = {"seen": [1, 2], "new": {"x": 1}, "best": torch.ones(2), "ema": torch.ones(3)}
+    with Checkpointer(tmp_path / "chain", {"plain": saved}, rng=False) as ckpt:
+        ckpt.save()
+    ema = torch.zeros(3)
+    live: dict[str, Any] = {"seen": [], "old": (1, "a"), "best": None, "ema": ema}
+    with Checkpointer(tmp_path / "chain", {"plain": live}, rng=False) as ckpt:
+        progress = ckpt.restore()
+    assert progress is not None
+    assert progress.mismatches == ()
+    assert fingerprint(live) == fingerprint({"seen": [1, 2], "new": {"x": 1}, "best": torch.ones(2), "ema": ema})
+    assert torch.equal(ema, torch.ones(3))
+
+
+# --- live memory that overlaps ----------------------------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """Two buffers on memory of their own, or as given."""
+
+    def __init__(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("first", first)
+        self.register_buffer("second", second)
+
+
+def _views(kind: str) -> Halves:
+    memory = torch.arange(24.0)
+    match kind:
+        case "apart":
+            return Halves(torch.full((8,), 7.0), torch.full((8,), 8.0))
+        case "overlapping":
+            return Halves(memory[:8], memory[4:12])
+        case "overlapping elsewhere":
+            return Halves(memory[:8], memory[5:13])
+        case "side by side":
+            return Halves(memory[:8], memory[8:16])
+        case "between each other":
+            return Halves(memory[:16:2], memory[1:17:2])
+        case _:
+            return Halves(memory[:16:2], memory[4:20:2])
+
+
+@pytest.mark.parametrize(
+    ("saved", "live"),
+    [
+        ("apart", "overlapping"),
+        ("side by side", "overlapping"),
+        ("overlapping", "overlapping elsewhere"),
+        ("apart", "overlapping with steps"),
+        ("between each other", "overlapping with steps"),
+    ],
+)
+def test_live_entries_that_overlap_otherwise_than_saved_are_refused(saved: str, live: str, tmp_path: Path) -> None:
+    """Two saved values for one live memory cannot both be restored: a mismatch before anything changed."""
+    with Checkpointer(tmp_path / "chain", {"model": _views(saved)}, rng=False) as ckpt:
+        ckpt.save()
+    model = _views(live)
+    before = fingerprint(model.state_dict())
+    with Checkpointer(tmp_path / "chain", {"model": model}, rng=False) as ckpt:
+        with pytest.raises(TargetMismatchError, match=r"model\.second: shares its memory"):
+            ckpt.restore()
+        assert fingerprint(model.state_dict()) == before
+        progress = ckpt.restore(strict=False)
+    assert progress is not None
+    assert any("model.second: shares its memory" in text for text in progress.mismatches)
+    assert fingerprint(model.first) == fingerprint(_views(saved).first)
+
+
+@pytest.mark.parametrize(
+    ("saved", "live"),
+    [
+        ("overlapping", "overlapping"),
+        ("overlapping with steps", "overlapping with steps"),
+        ("overlapping", "apart"),
+        ("apart", "side by side"),
+        ("apart", "between each other"),
+        ("side by side", "between each other"),
+    ],
+)
+def test_live_entries_that_share_as_saved_or_not_at_all_are_restored(saved: str, live: str, tmp_path: Path) -> None:
+    """Views that lie as they were saved, or beside each other, get exactly what was saved."""
+    with Checkpointer(tmp_path / "chain", {"model": _views(saved)}, rng=False) as ckpt:
+        ckpt.save()
+    model = _views(live)
+    for buffer in model.buffers():
+        buffer.fill_(99)
+    with Checkpointer(tmp_path / "chain", {"model": model}, rng=False) as ckpt:
+        progress = ckpt.restore()
+    assert progress is not None
+    assert progress.mismatches == ()
+    expected = _views(saved)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+
+
+# --- what cannot be known, allocated or keyed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_an_enum_that_is_not_loaded_is_found_before_models_change(
+    long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The NotFoundError comes before a bit of the model changed, also for an enum inside a long document."""
+    module = types.ModuleType("ciuic_test_colours")
+    Colour = enum.Enum("Colour", "RED", module=module.__name__)  # noqa: N806
+    module.Colour = Colour  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    model = nn.Linear(4, 4)
+    plain = {"colour": Colour["RED"], "log": list(range(50_000 if long else 1))}
+    with Checkpointer(tmp_path / "chain", {"model": model, "plain": plain}) as ckpt:
+        ckpt.save()
+        monkeypatch.delitem(sys.modules, module.__name__)
+        model.weight.data.zero_()
+        before = fingerprint(model.state_dict())
+        with pytest.raises(NotFoundError) as unknown:
+            ckpt.restore()
+    assert unknown.value.kind == "enum_not_loaded"
+    assert fingerprint(model.state_dict()) == before
+
+
+def _resolved(path: Path, state: Any) -> tuple[SnapshotChain, Resolved]:
+    ciuic_async.save(state, path)
+    chain = SnapshotChain(path)
+    latest = chain.latest()
+    assert latest is not None
+    return chain, latest.resolve()
+
+
+def test_a_tensor_that_memory_cannot_hold_is_a_store_error(tmp_path: Path) -> None:
+    """A manifest that claims an exabyte gets a typed error that names the tensor and the size."""
+    chain, resolved = _resolved(tmp_path / "chain", {"w": torch.ones(4)})
+    huge = replace(resolved.manifest.tensors[0], shape=(1 << 58,))
+    lying = replace(resolved, manifest=replace(resolved.manifest, tensors=(huge,)))
+    with pytest.raises(StoreError, match=rf"tensor w: cannot allocate its {1 << 60} bytes") as failure:
+        load_tree(chain.store, lying)
+    assert (failure.value.kind, failure.value.where) == ("out_of_memory", "w")
+    chain.close()
+
+
+@pytest.mark.parametrize("key", [[1], {"dict": []}])
+def test_a_key_that_cannot_be_one_is_an_integrity_error(key: Any, tmp_path: Path) -> None:
+    """A top-level key that Python cannot hash is a malformed node."""
+    chain, resolved = _resolved(tmp_path / "chain", {"w": torch.ones(4)})
+    trees = tuple(replace(tree, key=key) for tree in resolved.manifest.trees)
+    lying = replace(resolved, manifest=replace(resolved.manifest, trees=trees))
+    with pytest.raises(IntegrityError) as damage:
+        load_tree(chain.store, lying)
+    assert damage.value.kind == "malformed_node"
+    chain.close()
+
+
+# --- CUDA streams -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_restoring_waits_for_training_on_a_side_stream(tmp_path: Path) -> None:
+    """Work queued on another stream before restore() is done first, and work queued after sees what was restored."""
+    weight = torch.ones(1 << 20, device="cuda")
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    work = torch.rand(4096, 4096, device="cuda")
+    with Checkpointer(tmp_path / "chain", {"w": weight}, rng=False) as ckpt:
+        ckpt.save().wait_durable(60)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            for _ in range(50):
+                torch.mm(work, work, out=work).clamp_(-1, 1)
+            weight.fill_(5)
+            ckpt.restore()
+            seen = weight.clone()
+        torch.cuda.synchronize()
+    assert seen.eq(1).all()
+    assert weight.eq(1).all()

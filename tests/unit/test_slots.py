@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ciuic_async import StoreError, native
 from ciuic_async.handoffs import Region
-from ciuic_async.staging.budget import SlotPlan
+from ciuic_async.staging.budget import SlotPlan, plan_slots
 from ciuic_async.staging.device import CpuDevice
 from ciuic_async.staging.slots import FREE, HEADER, PAGE_BYTES, STAGED, Slot, SlotPool, out_of_memory
 
@@ -134,6 +138,66 @@ def test_closing_twice_is_harmless() -> None:
     view.release()
 
 
+def _fork(child: Callable[[], bytes], write_to: int) -> int:
+    """Run ``child`` in a forked process that reports through a pipe and touches nothing else of this one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other threads exist; the child takes no lock of theirs
+        child_id = os.fork()
+    if child_id == 0:
+        try:
+            os.write(write_to, child())
+        finally:
+            os._exit(0)
+    return child_id
+
+
+@pytest.fixture
+def pipes() -> Iterator[tuple[int, int, int, int]]:
+    """(the child reads here, we write here, we read here, the child writes here)."""
+    ends = (*os.pipe(), *os.pipe())
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def test_closing_gives_memory_back_though_a_child_holds_the_descriptor(pipes: tuple[int, int, int, int]) -> None:
+    """A data loader's worker that was forked while the slot existed keeps none of its pages."""
+    go_read, go_write, report_read, report_write = pipes
+    slot = Slot(64 * PAGE_BYTES)
+    slot.touch(CpuDevice())
+    number = slot._fd
+
+    def sizes() -> bytes:
+        before = os.fstat(number)
+        os.write(report_write, b"%d,%d;" % (before.st_size, before.st_blocks > 0))
+        os.read(go_read, 1)
+        after = os.fstat(number)
+        return b"%d,%d" % (after.st_size, after.st_blocks)
+
+    child = _fork(sizes, report_write)
+    assert os.read(report_read, 100) == b"%d,1;" % (slot._payload_at + slot.size_bytes)
+    slot.close()
+    os.write(go_write, b".")
+    os.waitpid(child, 0)
+    assert os.read(report_read, 100) == b"0,0"
+
+
+def test_a_child_cannot_give_away_its_parents_memory(pipes: tuple[int, int, int, int]) -> None:
+    """close() in a forked child ends the child's part only."""
+    _, _, report_read, report_write = pipes
+    slot = Slot(PAGE_BYTES)
+    slot.payload().fill_(5)
+
+    def close() -> bytes:
+        slot.close()
+        return b"closed"
+
+    os.waitpid(_fork(close, report_write), 0)
+    assert os.read(report_read, 100) == b"closed"
+    assert set(bytes(slot.memory)) == {5}
+    slot.close()
+
+
 # --- the pool ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +268,71 @@ def test_preparing_touches_all_slots_in_the_background() -> None:
     slots = [pool.acquire(PLAN, 0, 0.0) for _ in range(2)]
     assert all(slot is not None and slot.touched for slot in slots)
     pool.prepare(PLAN, 0, CpuDevice())
+    pool.close()
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_preparing_needs_no_thread() -> None:
+    """Where no thread can be started prepare() leaves the slots to whoever acquires them, and close() ends."""
+    before = threading.stack_size()
+    threading.stack_size(1 << 47)  # no address space holds such a stack: the system refuses the thread
+    try:
+        pool = SlotPool()
+        pool.prepare(PLAN, 0, CpuDevice())
+    finally:
+        threading.stack_size(before)
+    slots = [pool.acquire(PLAN, 0, 0.0) for _ in range(2)]
+    assert [slot is not None and slot.touched for slot in slots] == [False, False]
+    assert pool.acquire(PLAN, 0, 0.0) is None, "nothing is being prepared that would be waited for"
+    for slot in slots:
+        assert slot is not None
+        pool.release(slot)
+    pool.close()
+
+
+@given(
+    bound_pages=st.integers(12, 40),
+    states=st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=20),
+)
+def test_slots_stay_within_the_bound_however_the_state_changes(
+    bound_pages: int, states: list[tuple[int, bool]]
+) -> None:
+    """With one bound and states that grow and shrink, slots old and new together never exceed it, nor the plan's
+    number of slots in use; and when everything was released a slot can always be had."""
+    pool = SlotPool()
+    in_use: list[Slot] = []
+    for state_pages, release in states:
+        plan = plan_slots(state_pages * PAGE_BYTES, bound_pages * PAGE_BYTES, PAGE_BYTES)
+        if release and in_use:
+            pool.release(in_use.pop(0))
+        slot = pool.acquire(plan, 0, 0.0)
+        if slot is not None:
+            in_use.append(slot)
+            assert slot.size_bytes >= plan.size_bytes
+            assert len(in_use) <= plan.count
+        assert slot is not None or in_use, "a slot can be had where none is in use"
+        assert pool.held_bytes <= bound_pages * PAGE_BYTES
+        pool.trim(plan)
+    for slot in in_use:
+        pool.release(slot)
+    pool.close()
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_slot_that_became_too_large_makes_room_for_two_windows() -> None:
+    """One whole slot, then a state that is staged in windows: both windows exist within the bound."""
+    pool = SlotPool()
+    whole = pool.acquire(SlotPlan(1, 6 * PAGE_BYTES, False), 0, 0.0)
+    assert whole is not None
+    in_windows = SlotPlan(2, 4 * PAGE_BYTES, True)
+    assert pool.acquire(in_windows, 0, 0.0) is None, "6 and 4 pages are more than 8"
+    pool.release(whole)
+    slots = [pool.acquire(in_windows, 0, 0.0) for _ in range(2)]
+    assert [slot is not None and slot.size_bytes for slot in slots] == [4 * PAGE_BYTES] * 2
+    assert pool.held_bytes == 8 * PAGE_BYTES
+    for slot in slots:
+        assert slot is not None
+        pool.release(slot)
     pool.close()
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 from ciuic_async import Checkpointer
 from ciuic_async.capture.state_tree import flatten
-from ciuic_async.staging.device import Copy, Pending
+from ciuic_async.staging.device import Copy, CpuDevice, CudaDevice, Pending
 from ciuic_async.staging.stager import stage
 
 
@@ -152,6 +153,176 @@ def test_a_missing_wait_is_found_out(broken: str) -> None:
     """Without either wait some order gives a wrong slot: the test above would see it."""
     devices = [LateDevice(make(seed), **{broken: False}) for make in ORDERS.values() for seed in range(20)]
     assert not all(_staged_value_is_right(device) for device in devices)
+
+
+@dataclass
+class Piece:
+    """A part of the address space that lives somewhere (``stager.Source``)."""
+
+    address: int
+    flat: torch.Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        return self.flat.numel()
+
+
+class Refusing(CpuDevice):
+    """A device that is full."""
+
+    def copy(self, copies: Sequence[Copy]) -> Pending:
+        raise RuntimeError("out of memory")
+
+
+@dataclass
+class LateThenRefusing:
+    """Host tensors live on the late device, the others on one that refuses."""
+
+    late: LateDevice
+
+    def of(self, device: torch.device) -> LateDevice | Refusing:
+        return self.late if device.type == "cpu" else Refusing()
+
+
+def test_nothing_is_copied_any_more_after_staging_failed() -> None:
+    """When a later device's copy raises, the copies that run on earlier ones are waited for: the slot is reused."""
+    late = LateDevice(lambda count: 0)
+    payload = torch.zeros(300, dtype=torch.uint8)
+    sources = [
+        Piece(0, torch.full((100,), 1, dtype=torch.uint8)),
+        Piece(100, torch.empty(100, dtype=torch.uint8, device="meta")),
+    ]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stage(sources, payload, 0, 200, LateThenRefusing(late))
+    payload.fill_(9)  # the slot's next user
+    late.synchronize()
+    assert bool((payload == 9).all())
+
+
+class _BrokenWait:
+    """Copies whose device broke meanwhile."""
+
+    def __init__(self, error: str) -> None:
+        self._error = error
+        self.waited = 0
+
+    def wait(self) -> None:
+        self.waited += 1
+        raise RuntimeError(self._error)
+
+
+@dataclass
+class Breaking:
+    """Two devices that take copies and break before they are complete."""
+
+    pending: dict[str, _BrokenWait]
+
+    def of(self, device: torch.device) -> Breaking:
+        return Breaking({"": self.pending[device.type]})
+
+    def copy(self, copies: Sequence[Copy]) -> Pending:
+        return self.pending[""]
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        return False
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Nothing to undo."""
+
+
+def test_the_first_error_is_the_one_that_is_raised() -> None:
+    """Every device is waited for, also after a wait that failed, and later errors do not hide the first."""
+    pending = {"cpu": _BrokenWait("first"), "meta": _BrokenWait("second")}
+    sources = [
+        Piece(0, torch.zeros(100, dtype=torch.uint8)),
+        Piece(100, torch.empty(100, dtype=torch.uint8, device="meta")),
+    ]
+    with pytest.raises(RuntimeError, match="first"):
+        stage(sources, torch.zeros(200, dtype=torch.uint8), 0, 200, Breaking(pending))
+    assert pending["meta"].waited == 1
+
+
+@dataclass
+class CudaCalls:
+    """What ``CudaDevice`` calls of torch.cuda, where there is no GPU: it notes calls, and refuses to pin."""
+
+    calls: list[str] = field(default_factory=list)
+    devices: list[torch.device] = field(default_factory=list)
+    refuses_from: int = 0
+    """Number of cudaHostRegister calls that work."""
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("Stream", "Event", "current_stream", "cudart"):
+            monkeypatch.setattr(torch.cuda, name, lambda: self)
+        zeros = torch.zeros
+
+        def launch(size: int, device: torch.device) -> torch.Tensor:
+            self._note("launch")
+            return zeros(size)
+
+        monkeypatch.setattr(torch, "zeros", launch)
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+
+    def device(self, device: torch.device) -> AbstractContextManager[None]:
+        self.devices.append(device)
+        return nullcontext()
+
+    def stream(self, stream: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def record(self, stream: object) -> None:
+        self._note("record")
+
+    def wait_event(self, event: object) -> None:
+        self._note("wait_event")
+
+    def synchronize(self) -> None:
+        self._note("synchronize")
+        raise RuntimeError("the device is broken")
+
+    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:  # noqa: N802
+        self._note("register")
+        return 2 if self.calls.count("register") > self.refuses_from else 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self._note("unregister")
+        return 0
+
+
+def test_a_gpu_whose_copy_cannot_be_queued_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies queued before the one that failed are complete when the error arrives, and it is that error."""
+    cuda = CudaCalls()
+    cuda.install(monkeypatch)
+    good, short = torch.ones(100, dtype=torch.uint8), torch.ones(5, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        CudaDevice(torch.device("cuda", 1)).copy([(torch.zeros_like(good), good), (torch.zeros_like(good), short)])
+    assert cuda.calls == ["record", "wait_event", "synchronize"]
+
+
+def test_refused_pinning_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges that were registered are undone, the thread's last error is cleared, all on the device itself."""
+
+    class Small:
+        pin_range_bytes = 100
+
+    monkeypatch.setattr("ciuic_async.staging.device.STAGING", Small)
+    memory = torch.empty(250, dtype=torch.uint8)
+    second = torch.device("cuda", 1)
+    refusing = CudaCalls(refuses_from=2)
+    refusing.install(monkeypatch)
+    assert not CudaDevice(second).pin(memory)
+    assert refusing.calls == ["register"] * 3 + ["unregister"] * 2 + ["launch"]
+    assert refusing.devices == [second]
+    willing = CudaCalls(refuses_from=3)
+    willing.install(monkeypatch)
+    assert CudaDevice(second).pin(memory)
+    CudaDevice(second).unpin(memory)
+    assert willing.calls == ["register"] * 3 + ["unregister"] * 3
+    assert willing.devices == [second] * 2
 
 
 @pytest.mark.parametrize("host_memory_bytes", [None, 8 << 20], ids=["whole", "windows"])

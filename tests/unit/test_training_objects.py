@@ -11,7 +11,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -428,6 +428,42 @@ def test_plain_trees_are_restored_where_they_are(tmp_path: Path) -> None:
     assert state["a"] is array
     assert (tensor.sum(), array.sum(), inner, items, state["n"]) == (0, 0, {"a": 1}, [1, 2], 5)
     assert torch.equal(state["x"], torch.ones(3))
+
+
+class Pair(NamedTuple):
+    """A named tuple of this module."""
+
+    tensor: torch.Tensor
+    number: int
+
+
+def test_tensors_inside_tuples_are_filled_in_place(tmp_path: Path) -> None:
+    """A tuple whose items stay the same objects stays itself; else a new one holds the live tensors."""
+
+    class Local(NamedTuple):  # a class that cannot be found by name comes back as a new type
+        array: np.ndarray[Any, Any]
+
+    same = (torch.zeros(3), [torch.zeros(2)], None)
+    other = Pair(torch.zeros(4), 1)
+    local = Local(np.zeros(2))
+    state: dict[str, Any] = {"same": same, "other": other, "local": local, "inner": {"deep": [(torch.zeros(1),)]}}
+    deep = state["inner"]["deep"][0]
+    live = [same[0], same[1][0], other.tensor, deep[0]]
+    with Checkpointer(tmp_path / "chain", state) as ckpt:
+        ckpt.save()
+        for tensor in live:
+            tensor += 1
+        local.array[...] = 1
+        state["other"] = Pair(other.tensor, 7)
+        ckpt.restore()
+    assert [float(tensor.sum()) for tensor in live] == [0, 0, 0, 0]
+    assert local.array.sum() == 0
+    assert state["same"] is same
+    assert state["local"] is local
+    assert state["inner"]["deep"][0] is deep
+    assert type(state["other"]) is Pair
+    assert state["other"].tensor is other.tensor
+    assert state["other"].number == 1
 
 
 def test_the_seeds_of_a_run_are_part_of_it(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,66 @@ def test_nothing_runs_any_more_when_the_consumer_stops() -> None:
     assert inside == 0
     pool.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ciuic-test")]
+
+
+@pytest.fixture
+def no_more_threads() -> Iterator[Callable[[], None]]:
+    """From the call on the system refuses new threads: no address space holds the stack they ask for."""
+    before = threading.stack_size()
+
+    def refuse() -> None:
+        threading.stack_size(1 << 47)
+
+    yield refuse
+    threading.stack_size(before)
+
+
+def _threads(name: str) -> int:
+    return sum(thread.name.startswith(name) for thread in threading.enumerate())
+
+
+def test_threads_can_be_started_early_and_once() -> None:
+    """start() starts all of them before there is work, a second call starts none, and one alone needs no thread."""
+    pool = OrderedWorkers(3, "ciuic-test", lambda: None)
+    pool.start()
+    pool.start()
+    assert _threads("ciuic-test") == 3
+    assert list(pool.map(str, range(9))) == [str(n) for n in range(9)]
+    assert _threads("ciuic-test") == 3
+    pool.close()
+    single = OrderedWorkers(1, "ciuic-test", lambda: None)
+    single.start()
+    assert _threads("ciuic-test") == 0
+    single.close()
+
+
+def test_without_any_thread_the_caller_does_the_work(no_more_threads: Callable[[], None]) -> None:
+    """When no thread can be started results are the same, from the consumer's own thread, and errors arrive."""
+    no_more_threads()
+    pool = OrderedWorkers(3, "ciuic-test", lambda: None)
+    assert list(pool.map(lambda n: (n, threading.current_thread()), range(20))) == [
+        (n, threading.current_thread()) for n in range(20)
+    ]
+    with pytest.raises(ZeroDivisionError):
+        list(pool.map(lambda n: 1 // n, range(3)))
+    pool.close()
+
+
+def test_the_threads_there_are_go_on_where_more_are_refused(
+    no_more_threads: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread of three could be started: it does all the work, in order."""
+    start = threading.Thread.start
+
+    def start_the_last(thread: threading.Thread) -> None:
+        start(thread)
+        no_more_threads()
+
+    monkeypatch.setattr(threading.Thread, "start", start_the_last)
+    pool = OrderedWorkers(3, "ciuic-test", lambda: None)
+    done = list(pool.map(lambda n: (n, threading.current_thread().name), range(50)))
+    assert done == [(n, "ciuic-test-0") for n in range(50)]
+    pool.close()
 
 
 def test_a_script_that_never_closes_still_gets_its_last_snapshot(tmp_path: Path) -> None:
