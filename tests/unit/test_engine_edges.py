@@ -269,3 +269,25 @@ def test_waiting_for_a_failed_snapshot_tells_why(tmp_path: Path) -> None:
             pending.wait_durable(WAIT_S)
     assert caught.value.kind == "unsupported_type"
     assert isinstance(caught.value.__cause__, UsageError)
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_close_tells_of_a_failure_nobody_has_seen(
+    on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last snapshot has no later ``step`` to tell of it: ``close`` does, as ``on_error`` says."""
+    ckpt = Checkpointer(tmp_path / "chain", {"w": torch.zeros(8)}, on_error=on_error)
+
+    def fail(store: LocalStore, files: Any) -> None:
+        raise ciuic_async.StoreError("the disk is full", kind="enospc")
+
+    monkeypatch.setattr(LocalStore, "publish", fail)
+    ckpt.save()
+    if on_error == "warn":
+        with pytest.warns(CiuicWarning, match="the disk is full"):
+            ckpt.close()
+    else:
+        with pytest.raises(SaveFailedError, match="the disk is full"):
+            ckpt.close()
+    ckpt.close()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ciuic")] == []
