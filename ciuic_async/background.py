@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from ciuic_async.chain import Snapshot, SnapshotChain
 from ciuic_async.errors import CiuicError, InternalError, SaveFailedError
 from ciuic_async.events import Event, Listener, SnapshotStats, logger, notify
+from ciuic_async.options import WRITE
 from ciuic_async.pending import PendingSnapshot
 from ciuic_async.pipeline.capture_stage import WindowQueue
 from ciuic_async.pipeline.history import Line
-from ciuic_async.pipeline.persist import Parent, Persisted, Persister, SaveRequest, lower_priority
+from ciuic_async.pipeline.persist import Parent, Persisted, Persister, SaveRequest
 from ciuic_async.retention.policy import Policy
 from ciuic_async.staging.slots import SlotPool
 
@@ -36,6 +37,7 @@ class Job:
     pending: PendingSnapshot
     stats: SnapshotStats
     staged_s: float = 0.0
+    deadline_s: float | None = None
 
 
 class BackgroundWriter:
@@ -71,6 +73,7 @@ class BackgroundWriter:
         self._ends_itself = False
         self._idle = threading.Condition()
         self._unfinished = 0
+        self._submitted_s = float("-inf")
         self.parent: Parent | None = None
         """What the next snapshot comes from. Set by a restore, while nothing is on its way; else by the writer."""
 
@@ -95,6 +98,10 @@ class BackgroundWriter:
 
     def submit(self, job: Job) -> None:
         """Queue a job, after ``start``; the number of slots bounds the queue."""
+        now_s = time.monotonic()
+        interval_s = now_s - self._submitted_s
+        self._submitted_s = now_s
+        job.deadline_s = now_s + min(WRITE.patience_s, WRITE.patience_fraction * interval_s)
         with self._idle:
             self._unfinished += 1
         self._jobs.put(job)
@@ -135,7 +142,6 @@ class BackgroundWriter:
         self._pool.close()
 
     def _run(self) -> None:
-        lower_priority()
         while (job := self._jobs.get()) is not None:
             try:
                 self._write(job)
@@ -157,7 +163,7 @@ class BackgroundWriter:
     def _write(self, job: Job) -> None:
         try:
             persisted = self._persister.persist(
-                replace(job.request, parent=self.parent),
+                replace(job.request, parent=self.parent, deadline_s=job.deadline_s),
                 job.windows,
                 lambda window: job.windows.release(self._pool, window),
                 keeps_memory=job.windows.whole,

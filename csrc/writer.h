@@ -13,8 +13,9 @@ struct WriteError {
 
 // Appends to an empty file, from offset 0.
 //
-// Ownership: borrows `fd`, which must stay open until finish, abort or the destructor returns; never closes it, never
-// syncs it, and leaves it without O_DIRECT. Owns its buffers (at most queue_depth of buffer_size_bytes) and one thread.
+// Ownership: borrows `fd` and all that is lent, which must stay until finish, abort or the destructor returns; never
+// closes the file, never syncs it, and leaves it without O_DIRECT. Owns its buffers (at most queue_depth of
+// buffer_size_bytes) and one thread.
 // Threads: calls may come from any thread; they run one after the other.
 // Failure: the first error is kept. append and finish throw it, now and later; what was appended may be on disk in part.
 // Fork: in a forked child (a data loader's worker) the object is dead: abort and the destructor do nothing there, the
@@ -32,6 +33,13 @@ class DirectWriter {
   // std::logic_error after finish or abort.
   void append(const void* data, std::size_t size_bytes);
 
+  // Like append, without a copy where direct writes allow it: from whole blocks of memory at whole blocks of the file.
+  // The bytes must stay as they are until drain, finish, abort or the destructor returns.
+  void lend(const void* data, std::size_t size_bytes);
+
+  // Returns when nothing that was lent is needed any more. Throws WriteError.
+  void drain();
+
   // Writes the rest, ends the thread, cuts preallocated space. Returns the length of the file. Once.
   std::uint64_t finish();
 
@@ -40,6 +48,9 @@ class DirectWriter {
 
   // How many bytes were written past the page cache so far.
   std::uint64_t direct_bytes() const noexcept;
+
+  // How long the thread has been writing, waiting for work not counted.
+  double busy_s() const noexcept;
 
  private:
   struct State;

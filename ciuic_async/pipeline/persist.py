@@ -55,6 +55,8 @@ class SaveRequest:
     tags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     parent: Parent | None = None
+    deadline_s: float | None = None
+    """By ``time.monotonic``: from then on the writer works at normal priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Persister:
         Raises:
             CiuicError: nothing became durable.
         """
-        writer = SegmentWriter(self._target.store, request.snapshot)
+        writer = SegmentWriter(self._target.store, request.snapshot, borrows=True)
         known = self._known_chunks(request.parent)
         digests: list[bytearray] = [bytearray() for _ in request.plan.regions]
         own: dict[bytes, int] = {}
@@ -129,7 +131,7 @@ class Persister:
         kept: list[StagedWindow] = []
         try:
             for window in windows:
-                for chunk, chunk_digest, encoded in self._encoded(window, known):
+                for chunk, chunk_digest, encoded in self._encoded(window, known, request.deadline_s):
                     digests[chunk.region] += chunk_digest
                     if chunk_digest in own or chunk_digest in referenced:
                         deduplicated += chunk.size_bytes
@@ -142,6 +144,7 @@ class Persister:
                 if keeps_memory:
                     kept.append(window)
                 else:
+                    writer.drain()
                     window_done(window)
             written = writer.finish()
             content = _manifest(request, digests)
@@ -188,7 +191,7 @@ class Persister:
         return {chunk: place for chunk, place in parent.locations.items() if place.segment not in gone}
 
     def _encoded(
-        self, window: StagedWindow, known: Mapping[bytes, ChunkLocation]
+        self, window: StagedWindow, known: Mapping[bytes, ChunkLocation], deadline_s: float | None
     ) -> Iterator[tuple[PlannedChunk, bytes, EncodedChunk | None]]:
         """Digest every chunk and encode those that the parent has not; in order, a bounded number ahead."""
 
@@ -198,7 +201,7 @@ class Persister:
             encoded = None if chunk_digest in known else self._codec.encode(raw, chunk_digest, chunk.item_size_bytes)
             return chunk, chunk_digest, encoded
 
-        yield from self._workers.map(work, window.chunks)
+        yield from self._workers.map(work, window.chunks, deadline_s=deadline_s)
 
 
 def lower_priority() -> None:

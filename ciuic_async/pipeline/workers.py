@@ -1,4 +1,7 @@
-"""A few threads that work ahead, in order.
+"""A few threads of low priority that work ahead, in order, and a caller who helps them when time is short.
+
+Raising a thread's priority again needs a privilege, so urgency is a matter of who works: until the deadline only the
+threads do, in time that training leaves over; after it the caller, who kept its priority, takes work out of their queue.
 
 Not ``concurrent.futures``: its pools refuse work as soon as the interpreter begins to exit, and that is when a script
 that never called ``close`` still has a snapshot to finish.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -38,6 +42,11 @@ class _Task:
 class OrderedWorkers:
     """``count`` daemon threads, started by ``start`` or on first use. One thread at a time may use this.
 
+    Args:
+        count: of threads; 0: the caller alone does everything.
+        name: of the threads, and a number.
+        initializer: called first on each of them.
+
     Where threads cannot be started (a limit of the machine; Python 3.12 starts none once the interpreter exits) those
     there are do the work, or the caller alone does it.
     """
@@ -49,10 +58,15 @@ class OrderedWorkers:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
-    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    def map(
+        self, function: Callable[[T], R], items: Iterable[T], *, deadline_s: float | None = None
+    ) -> Iterator[R]:
         """Results in the order of ``items``; at most twice ``count`` calls are ahead of the consumer.
 
         When the consumer stops early, or a call raises, no call is running any more when this ends.
+
+        Args:
+            deadline_s: by ``time.monotonic``: from then on the consumer's thread works too, instead of waiting.
         """
         self.start()
         if not self._threads:
@@ -65,9 +79,9 @@ class OrderedWorkers:
                 ahead.append(task)
                 self._tasks.put(task)
                 if len(ahead) > 2 * self._count:
-                    yield _result(ahead.popleft())
+                    yield self._result(ahead.popleft(), deadline_s)
             while ahead:
-                yield _result(ahead.popleft())
+                yield self._result(ahead.popleft(), deadline_s)
         finally:
             for task in ahead:
                 task.call = None
@@ -84,8 +98,6 @@ class OrderedWorkers:
 
     def start(self) -> None:
         """Start the threads that do not run yet, as far as that is possible. Idempotent."""
-        if self._count == 1:
-            return
         while len(self._threads) < self._count:
             name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -100,9 +112,17 @@ class OrderedWorkers:
         while (task := self._tasks.get()) is not None:
             task.run()
 
-
-def _result(task: _Task) -> Any:
-    task.done.wait()
-    if task.error is not None:
-        raise task.error
-    return task.result
+    def _result(self, task: _Task, deadline_s: float | None) -> Any:
+        if deadline_s is not None:
+            task.done.wait(max(deadline_s - time.monotonic(), 0.0))
+            while not task.done.is_set():
+                try:
+                    waiting = self._tasks.get_nowait()
+                except queue.Empty:
+                    break  # a thread is at it
+                if waiting is not None:
+                    waiting.run()
+        task.done.wait()
+        if task.error is not None:
+            raise task.error
+        return task.result

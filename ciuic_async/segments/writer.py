@@ -7,6 +7,7 @@ The layout is that of ``reference.py``; only the way to the disk differs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class FinishedSegments:
     locations: dict[bytes, ChunkLocation]
     size_bytes: int
     next_number: int
+    busy_s: float = 0.0
+    """How long the disk was kept writing; 0 where nobody measured it."""
 
 
 class SegmentWriter:
@@ -46,17 +49,28 @@ class SegmentWriter:
         snapshot: its id.
         rank: whose chunks these are.
         first_number: of the first segment; numbers of one snapshot and rank are used once.
-        options: sizes and niceness.
+        borrows: payloads stay where they are until ``drain``, ``finish`` or ``abort`` returned: what lies at whole
+            blocks of memory is then written from there. Else they are copied, and may be reused at once.
+        options: sizes.
     """
 
     def __init__(
-        self, store: Store, snapshot: str, rank: int = 0, *, first_number: int = 0, options: WriteOptions = WRITE
+        self,
+        store: Store,
+        snapshot: str,
+        rank: int = 0,
+        *,
+        first_number: int = 0,
+        borrows: bool = False,
+        options: WriteOptions = WRITE,
     ) -> None:
         self._store = store
         self._snapshot = snapshot
         self._rank = rank
         self._number = first_number
+        self._borrows = borrows
         self._options = options
+        self._busy_s = 0.0
         self._current: _OpenSegment | None = None
         self._files: list[Unpublished] = []
         self._locations: dict[bytes, ChunkLocation] = {}
@@ -65,7 +79,7 @@ class SegmentWriter:
         self._ended = False
 
     def append(self, chunk: EncodedChunk) -> None:
-        """Add one record. Its bytes are copied or written on return: their buffers may be reused.
+        """Add one record. On return its buffers may be reused, unless this writer borrows them.
 
         Raises:
             StoreError: ``kind`` is the errno in lower case, e.g. ``enospc``.
@@ -84,7 +98,14 @@ class SegmentWriter:
                 current = None
             if current is None:
                 current = self._current = self._open_next()
-            current.append(chunk)
+            current.append(chunk, self._borrows)
+
+    def drain(self) -> None:
+        """Return when nothing borrowed is needed any more. Raises StoreError like ``append``."""
+        self._check_usable()
+        with self._failing_for_good():
+            if self._current is not None:
+                self._current.drain()
 
     def finish(self) -> FinishedSegments:
         """Complete the last segment. Nothing is published or synced: that is the commit's part. Called once.
@@ -96,7 +117,9 @@ class SegmentWriter:
         with self._failing_for_good():
             self._close_current()
         self._ended = True
-        return FinishedSegments(tuple(self._files), dict(self._locations), self._size_bytes, self._number)
+        return FinishedSegments(
+            tuple(self._files), dict(self._locations), self._size_bytes, self._number, busy_s=self._busy_s
+        )
 
     def abort(self) -> None:
         """Drop all files that are not published. Never raises; idempotent; also allowed after ``finish``."""
@@ -154,6 +177,7 @@ class SegmentWriter:
             return
         reference = current.complete()
         self._current = None
+        self._busy_s += current.busy_s
         self._files.append(current.file)
         self._size_bytes += reference.size_bytes
         for entry in current.entries:
@@ -175,17 +199,27 @@ class _OpenSegment:
         """Whether a record more, besides those that are there, makes the file too long."""
         return bool(self.entries) and self._offset_of(chunk) + chunk.header.record_size_bytes > limit_bytes
 
-    def append(self, chunk: EncodedChunk) -> None:
+    @property
+    def busy_s(self) -> float:
+        return self._output.busy_s
+
+    def append(self, chunk: EncodedChunk, borrows: bool) -> None:
         offset = self._offset_of(chunk)
         self.write(bytes(offset - self._position) + chunk.header.pack())
         for piece in chunk.payload:
-            self.write(piece)
+            self.write(piece, borrows and chunk.header.codec == segment.CODEC_RAW)
         self.entries.append(index_entry(chunk, offset))
 
-    def write(self, data: Buffer) -> None:
+    def write(self, data: Buffer, borrows: bool = False) -> None:
         self._hasher.update(data)
-        self._output.write(data)
+        if borrows:
+            self._output.lend(data)
+        else:
+            self._output.write(data)
         self._position += memoryview(data).nbytes
+
+    def drain(self) -> None:
+        self._output.drain()
 
     def complete(self) -> SegmentReference:
         self.write(segment.pack_tail(self._position, self.entries))
@@ -204,9 +238,17 @@ class _OpenSegment:
 
 
 class _Output(Protocol):
-    """How bytes get into an unpublished file, in order. ``write`` and ``finish`` raise StoreError."""
+    """How bytes get into an unpublished file, in order. All but ``abort`` raise StoreError."""
+
+    @property
+    def busy_s(self) -> float: ...
 
     def write(self, data: Buffer) -> None: ...
+
+    def lend(self, data: Buffer) -> None:
+        """``write`` that may use ``data`` until ``drain``, ``finish`` or ``abort`` returned."""
+
+    def drain(self) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -227,9 +269,18 @@ class _PlainOutput:
 
     def __init__(self, file: Unpublished) -> None:
         self._file = file
+        self.busy_s = 0.0
 
     def write(self, data: Buffer) -> None:
+        started = time.perf_counter()
         self._file.write(data)
+        self.busy_s += time.perf_counter() - started
+
+    def lend(self, data: Buffer) -> None:
+        self.write(data)
+
+    def drain(self) -> None:
+        pass
 
     def finish(self) -> None:
         pass
@@ -245,19 +296,39 @@ class _NativeOutput:
         self._place = place
         self._name = file.name
         self._file = file  # keeps the descriptor open as long as the thread uses it
-        self._writer = writer_type(file.fileno(), options.buffer_size_bytes, options.queue_depth, options.niceness)
+        self._lent: list[Buffer] = []
+        self._writer = writer_type(file.fileno(), options.buffer_size_bytes, options.queue_depth, 0)
+
+    @property
+    def busy_s(self) -> float:
+        return float(self._writer.busy_s)
 
     def write(self, data: Buffer) -> None:
-        try:
+        with self._naming_the_file():
             self._writer.append(data)
-        except OSError as error:
-            raise store_error(self._place, self._name, error.errno or 0) from error
+
+    def lend(self, data: Buffer) -> None:
+        self._lent.append(data)  # alive, with its memory, for as long as the thread may read it
+        with self._naming_the_file():
+            self._writer.lend(data)
+
+    def drain(self) -> None:
+        with self._naming_the_file():
+            self._writer.drain()
+        self._lent.clear()
 
     def finish(self) -> None:
-        try:
+        with self._naming_the_file():
             self._writer.finish()
-        except OSError as error:
-            raise store_error(self._place, self._name, error.errno or 0) from error
+        self._lent.clear()
 
     def abort(self) -> None:
         self._writer.abort()
+        self._lent.clear()
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise store_error(self._place, self._name, error.errno or 0) from error

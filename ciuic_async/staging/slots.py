@@ -29,6 +29,7 @@ from ciuic_async.format.segment import align_up
 from ciuic_async.handoffs import Region
 from ciuic_async.staging.budget import SlotPlan
 from ciuic_async.staging.device import Device
+from ciuic_async.staging.retained import Retained
 
 PAGE_BYTES = 4096
 HEADER = struct.Struct("<8sIIQqQQQQ20s")  # magic, version, state, sequence, step, table at/size, payload at/size, id
@@ -51,6 +52,7 @@ class Slot:
         self._table_capacity = 0
         self._pinned: Device | None = None
         self.touched = False
+        self.retained: Retained | None = None
         try:
             self.resize(size_bytes)
         except BaseException:
@@ -122,8 +124,15 @@ class Slot:
         )
         struct.pack_into("<I", self._map, 12, state)
 
+    def forget(self) -> None:
+        """Its bytes are about to change: whoever read what was retained stops."""
+        retained, self.retained = self.retained, None
+        if retained is not None:
+            retained.revoke()
+
     def close(self) -> None:
-        """Give the memory back. Idempotent; views of the payload must be gone."""
+        """Give the memory back. Idempotent; views of the payload must be gone, but for what is retained."""
+        self.forget()
         unmapped = self._unmap()
         if self._fd >= 0:
             # Forked children (data loader workers) hold the descriptor too, and would keep every page alive. Where a
@@ -242,7 +251,8 @@ class SlotPool:
             return None
         size = align_up(plan.size_bytes, PAGE_BYTES)
         bound = plan.count * size
-        free = sorted(self._free, key=lambda slot: slot.size_bytes)
+        # The largest last, and of two alike the one whose bytes nobody wants any more.
+        free = sorted(self._free, key=lambda slot: (slot.size_bytes, slot.retained is None))
 
         # The state shrank, or is staged in windows now: a slot that is too large leaves no room for the missing ones.
         while (
@@ -265,6 +275,7 @@ class SlotPool:
             self._slots.append(slot)
         else:
             self._free.remove(slot)
+        slot.forget()
         try:
             slot.resize(size, table_bytes)
         except BaseException:
@@ -272,15 +283,28 @@ class SlotPool:
             raise
         return slot
 
-    def release(self, slot: Slot) -> None:
-        """Hand a slot back. Views of it must be dropped before it is acquired again."""
+    def release(self, slot: Slot, *, retain: bool = False) -> Retained | None:
+        """Hand a slot back. Views of it must be dropped before it is acquired again.
+
+        Args:
+            retain: its bytes may still be read until it is acquired again, or the pool closed; of all free slots it is
+                the last to be taken.
+
+        Returns:
+            The way to read them, if asked for.
+        """
         with self._condition:
             if self._closed:
                 slot.close()
-                return
+                return None
             slot.mark(FREE)
+            if retain:
+                for other in self._free:  # one is enough: the parent of the next snapshot
+                    other.forget()
+                slot.retained = Retained(slot.memory)
             self._free.append(slot)
             self._condition.notify_all()
+            return slot.retained
 
     def trim(self, plan: SlotPlan) -> None:
         """Give back free slots beyond the plan's number: the state grew, and memory has a bound."""

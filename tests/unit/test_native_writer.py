@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import mmap
 import os
 import resource
 import signal
@@ -268,3 +269,53 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     writer.finish()
     os.close(fd)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 16 << 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pieces=st.lists(
+        st.tuples(st.booleans(), st.integers(0, 40), st.integers(0, 3), st.integers(0, 9000)), min_size=1, max_size=12
+    ),
+    depth=st.integers(1, 3),
+)
+def test_what_is_lent_and_what_is_copied_arrive_in_order(
+    pieces: list[tuple[bool, int, int, int]], depth: int
+) -> None:
+    """Lending is appending: whatever is mixed, of whatever alignment and length, the file holds the same bytes."""
+    memory = mmap.mmap(-1, 128 * PAGE)
+    memory[:] = bytes(range(256)) * (128 * PAGE // 256)
+    expected = bytearray()
+    with tempfile.TemporaryDirectory() as name:
+        fd = _open(Path(name) / "file")
+        writer = core.DirectWriter(fd, 2 * PAGE, depth, 0)
+        for lends, page, odd, rest in pieces:
+            start = page * PAGE + odd
+            data = memoryview(memory)[start : start + 17 * PAGE + rest - odd]
+            if lends:
+                pad = bytes(-len(expected) % PAGE)  # as a segment's writer does before a large raw record
+                writer.append(pad)
+                expected += pad
+                writer.lend(data)
+            else:
+                writer.append(data)
+            expected += data
+            data.release()
+        writer.drain()
+        assert writer.finish() == len(expected)
+        assert os.pread(fd, len(expected) + 1, 0) == expected
+        os.close(fd)
+
+
+def test_lent_memory_is_free_after_drain(tmp_path: Path) -> None:
+    """After drain the lent bytes may change: the file keeps what was lent."""
+    memory = mmap.mmap(-1, 64 * PAGE)
+    memory[:] = b"a" * (64 * PAGE)
+    fd = _open(tmp_path / "file")
+    writer = core.DirectWriter(fd, PAGE, 2, 0)
+    writer.lend(memory)
+    writer.drain()
+    memory[:] = b"b" * (64 * PAGE)
+    assert writer.finish() == 64 * PAGE
+    assert os.pread(fd, 64 * PAGE, 0) == b"a" * (64 * PAGE)
+    assert writer.busy_s > 0
+    os.close(fd)

@@ -18,6 +18,7 @@ from ciuic_async import StoreError, native
 from ciuic_async.handoffs import Region
 from ciuic_async.staging.budget import SlotPlan, plan_slots
 from ciuic_async.staging.device import CpuDevice
+from ciuic_async.staging.retained import Retained
 from ciuic_async.staging.slots import FREE, HEADER, PAGE_BYTES, STAGED, Slot, SlotPool, out_of_memory
 
 PLAN = SlotPlan(count=2, size_bytes=3 * PAGE_BYTES, windowed=False)
@@ -353,3 +354,52 @@ def test_what_says_that_memory_is_out() -> None:
     assert out_of_memory(OSError(12, "x"))
     assert not out_of_memory(OSError(28, "x"))
     assert not out_of_memory(ValueError())
+
+
+def test_retained_bytes_stay_until_the_slot_is_taken() -> None:
+    """What is retained reads as it was, its slot is the last free one to be taken, and then it is gone."""
+    pool = SlotPool()
+    first, second = pool.acquire(PLAN, PAGE_BYTES, 0), pool.acquire(PLAN, PAGE_BYTES, 0)
+    assert first is not None
+    assert second is not None
+    first.payload()[:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    retained = pool.release(first, retain=True)
+    pool.release(second)
+    assert retained is not None
+    assert pool.acquire(PLAN, PAGE_BYTES, 0) is second
+    with retained.reading() as memory:
+        assert memory is not None
+        assert bytes(memory[:4]) == b"\1\2\3\4"
+        del memory
+    assert pool.acquire(PLAN, PAGE_BYTES, 0) is first
+    with retained.reading() as memory:
+        assert memory is None
+    pool.release(first, retain=True)
+    pool.close()
+
+
+def test_revoking_waits_for_readers() -> None:
+    """Nobody reads any more when revoke returns, and whoever comes later finds nothing."""
+    retained = Retained(memoryview(bytearray(b"abc")))
+    inside, leave = threading.Event(), threading.Event()
+    order: list[object] = []
+
+    def read() -> None:
+        with retained.reading() as memory:
+            inside.set()
+            assert leave.wait(60)
+            order.append(None if memory is None else bytes(memory))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert inside.wait(60)
+    revoker = threading.Thread(target=lambda: (retained.revoke(), order.append("revoked")))
+    revoker.start()
+    with retained.reading() as memory:  # before or after the revoker came, this reader gets all or nothing
+        assert memory is None or bytes(memory) == b"abc"
+    leave.set()
+    reader.join()
+    revoker.join()
+    assert order == [b"abc", "revoked"]
+    with retained.reading() as memory:
+        assert memory is None

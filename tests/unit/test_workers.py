@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 from ciuic_async.pipeline.workers import OrderedWorkers
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=[0, 1, 3])
 def workers(request: pytest.FixtureRequest) -> Iterator[OrderedWorkers]:
-    """One thread (the caller's own) or several."""
+    """No thread but the caller's own, one, or several."""
     made = OrderedWorkers(request.param, "ciuic-test", lambda: None)
     yield made
     made.close()
@@ -103,7 +104,7 @@ def _threads(name: str) -> int:
 
 
 def test_threads_can_be_started_early_and_once() -> None:
-    """start() starts all of them before there is work, a second call starts none, and one alone needs no thread."""
+    """start() starts all of them before there is work, and a second call starts none; of none there is none."""
     pool = OrderedWorkers(3, "ciuic-test", lambda: None)
     pool.start()
     pool.start()
@@ -111,10 +112,10 @@ def test_threads_can_be_started_early_and_once() -> None:
     assert list(pool.map(str, range(9))) == [str(n) for n in range(9)]
     assert _threads("ciuic-test") == 3
     pool.close()
-    single = OrderedWorkers(1, "ciuic-test", lambda: None)
-    single.start()
+    none = OrderedWorkers(0, "ciuic-test", lambda: None)
+    none.start()
     assert _threads("ciuic-test") == 0
-    single.close()
+    none.close()
 
 
 def test_without_any_thread_the_caller_does_the_work(no_more_threads: Callable[[], None]) -> None:
@@ -165,3 +166,32 @@ checkpointer.save()
     chain = SnapshotChain(tmp_path / "chain", create=False)
     assert [snapshot.step for snapshot in chain] == [1]
     assert chain.verify().ok
+
+
+def test_the_caller_helps_after_the_deadline() -> None:
+    """While the only thread is stuck, results wait until the deadline; then the caller does what is left itself."""
+    pool = OrderedWorkers(1, "ciuic-test", lambda: None)
+    stuck, inside = threading.Event(), threading.Event()
+    workers: dict[int, str] = {}
+
+    def work(number: int) -> int:
+        workers[number] = threading.current_thread().name
+        if number == 1:
+            inside.set()
+            assert stuck.wait(60)
+        if number == 2:
+            assert inside.wait(60)  # the thread is in its task, so this one is the caller
+            stuck.set()
+        return number
+
+    assert list(pool.map(work, range(6), deadline_s=time.monotonic())) == list(range(6))
+    assert threading.current_thread().name in workers.values()
+    pool.close()
+
+
+def test_without_a_deadline_only_the_threads_work() -> None:
+    """The caller never takes work as long as there is time."""
+    pool = OrderedWorkers(2, "ciuic-test", lambda: None)
+    names = set(pool.map(lambda _: threading.current_thread().name, range(50), deadline_s=time.monotonic() + 3600))
+    assert threading.current_thread().name not in names
+    pool.close()
