@@ -5,13 +5,14 @@
 #   make test    every check: style, types, layers, tests
 #   make lint    the checks without the tests
 #   make crash   every fault at every operation, 200 random kills, every bit: hours
-#   make bench   every measurement in bench/, one file for one question
+#   make bench   every measurement in bench/, one file for one question, and a report of them: an hour
 #   make clean   remove what was built
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.bench-installed
 # The install is editable: only what decides the environment or the native core asks for a new one.
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
@@ -41,8 +42,16 @@ crash: venv
 	CIUIC_CRASH_LONG=1 CIUIC_KILL_RUNS=20 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=14400 \
 		tests/crash tests/hostile/test_flip_every_bit.py
 
-bench: venv
-	for question in $(sort $(wildcard bench/[a-z]*.py)); do $(BIN)/python "$$question" || exit 1; done
+# One weight file is read from resemblyzer: what it needs to run (audio libraries) is not installed.
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps resemblyzer
+	touch $@
+
+bench: $(BENCH_STAMP)
+	for question in $(sort $(filter-out bench/report.py,$(wildcard bench/[a-z]*.py))); do \
+		$(BIN)/python "$$question" || exit 1; done
+	$(BIN)/python bench/report.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -10,6 +10,10 @@ MAX_CHUNK_BYTES: int
 MAX_ITEM_BYTES: int
 PLANE_RAW: int
 PLANE_ZSTD: int
+TRANSFORM_NONE: int
+TRANSFORM_XOR: int
+TRANSFORM_DIFFERENCE: int
+TRANSFORM_ROTATED: int
 
 def copy_many(pairs: list[tuple[int, int, int]], threads: int) -> None:
     """Copy (destination address, source address, size in bytes) on up to ``threads`` threads, all joined on return.
@@ -19,6 +23,13 @@ def copy_many(pairs: list[tuple[int, int, int]], threads: int) -> None:
 
     Raises:
         ValueError: no tuples of three, or no thread.
+    """
+
+def copy_columns(destinations: Buffer, sources: Buffer, sizes_bytes: Buffer, threads: int) -> None:
+    """Like ``copy_many``, from three arrays of 64-bit numbers: row after row. A source of 0 fills with zeros.
+
+    Raises:
+        ValueError: the arrays differ in length or are no such arrays, or no thread.
     """
 
 def touch(address: int, size_bytes: int) -> None:
@@ -36,20 +47,40 @@ def zstd_available() -> bool:
 def zstd_version() -> int:
     """major * 10000 + minor * 100 + patch, or 0."""
 
+def estimate_planes(
+    raw: Buffer, base: Buffer | None, item_size_bytes: int, transform: int, minimum_gain_permille: int
+) -> int:
+    """About how many bytes ``encode_planes`` would give, by a sample: for comparing transforms. Raises like it."""
+
 def encode_planes(
-    raw: Buffer, item_size_bytes: int, level: int, minimum_gain_permille: int, probe_size_bytes: int
+    raw: Buffer, base: Buffer | None, item_size_bytes: int, transform: int, level: int, minimum_gain_permille: int
 ) -> tuple[list[tuple[int, int]], bytearray] | None:
-    """Split, and compress the planes of which a sample shrinks by the minimum gain.
+    """Split the transformed items, and compress what of each plane shrinks by the minimum gain.
+
+    Args:
+        raw: the chunk.
+        base: as long, for ``TRANSFORM_XOR`` and ``TRANSFORM_DIFFERENCE``; None for the others.
+        item_size_bytes: of the elements.
+        transform: what is done to items first; difference and rotation are for items of 2, 4 and 8 bytes.
+        level: zstd's for planes in which bytes repeat; 0: every plane is coded byte by byte, without the library.
+        minimum_gain_permille: below, blocks are stored as they are.
 
     Returns:
         The plane directory (method, stored size) and the payload; None where no plane shrinks.
 
     Raises:
-        ValueError: not a whole number of items of 1, 2, 4, 8 or 16 bytes, or more than 64 MiB.
+        ValueError: not a whole number of items of 1, 2, 4, 8 or 16 bytes, more than 64 MiB, no such transform, or no
+            base where one is needed, one too many, or one of another length.
     """
 
-def decode_planes(payload: Buffer, planes: list[tuple[int, int]], out: bytearray | memoryview) -> None:
-    """Fill ``out`` exactly; the item size is the number of planes. The payload is hostile.
+def decode_planes(
+    payload: Buffer,
+    planes: list[tuple[int, int]] | tuple[tuple[int, int], ...],
+    base: Buffer | None,
+    transform: int,
+    out: bytearray | memoryview,
+) -> None:
+    """Fill ``out`` exactly; the item size is the number of planes. The payload is hostile; ``base`` as for encoding.
 
     Raises:
         ValueError: it does not decode to exactly these sizes; ``out`` is undefined.
@@ -71,6 +102,15 @@ class DirectWriter:
             OSError: the first write that failed, now and at every later call.
         """
 
+    def lend(self, data: Buffer) -> None:
+        """Like ``append``, without a copy where memory and file allow direct writes.
+
+        ``data`` must neither change nor go until ``drain``, ``finish`` or ``abort`` returned.
+        """
+
+    def drain(self) -> None:
+        """Return when nothing that was lent is needed any more. Raises OSError like ``append``."""
+
     def finish(self) -> int:
         """Write the rest and end the thread; the file's length. Raises OSError like ``append``."""
 
@@ -80,3 +120,7 @@ class DirectWriter:
     @property
     def direct_bytes(self) -> int:
         """How many bytes were written past the page cache so far."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the thread spent writing, not waiting for work."""

@@ -11,26 +11,18 @@ from ciuic_async.format.entry import MAX_METRICS, Position
 from ciuic_async.format.jsontext import MAX_SAFE_INTEGER
 
 
-def refuse_unbuilt(
-    overhead_budget: float | None,
-    staging: str,
-    frozen: Sequence[str],
-    preemption: bool,
-    keeper: bool,
-    mtbf_s: float | None,
-) -> None:
+def refuse_unbuilt(**asked: bool) -> None:
     """Options of the stable API whose part is not built yet: better an error than a promise that is not kept."""
-    unbuilt = {
-        "overhead_budget": overhead_budget is not None,
-        "staging='overlap'": staging == "overlap",
-        "frozen": bool(frozen),
-        "preemption": preemption,
-        "keeper": keeper,
-        "mtbf_s": mtbf_s is not None,
-    }
-    for name, asked in unbuilt.items():
-        if asked:
+    for name, wanted in asked.items():
+        if wanted:
             raise UsageError(f"{name} is not available in this version; leave it out", kind="not_available")
+
+
+def check_patterns(patterns: Any) -> tuple[str, ...]:
+    """``frozen`` as a tuple of patterns."""
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError(f"frozen={patterns!r}: expected a sequence of patterns, e.g. ('model.trunk.*',)")
+    return tuple(patterns)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -18,9 +18,11 @@ from ciuic_async.errors import CiuicError, InternalError, SaveFailedError
 from ciuic_async.events import Event, Listener, SnapshotStats, logger, notify
 from ciuic_async.options import WRITE
 from ciuic_async.pending import PendingSnapshot
+from ciuic_async.pipeline.bases import InMemory, Parent
 from ciuic_async.pipeline.capture_stage import WindowQueue
+from ciuic_async.pipeline.frozen import FrozenDigests
 from ciuic_async.pipeline.history import Line
-from ciuic_async.pipeline.persist import Parent, Persisted, Persister, SaveRequest
+from ciuic_async.pipeline.persist import Persisted, Persister, SaveRequest
 from ciuic_async.retention.policy import Policy
 from ciuic_async.staging.slots import SlotPool
 
@@ -74,8 +76,14 @@ class BackgroundWriter:
         self._idle = threading.Condition()
         self._unfinished = 0
         self._submitted_s = float("-inf")
+        self._kept: InMemory | None = None  # the bytes of the newest durable snapshot, for the writer thread alone
         self.parent: Parent | None = None
         """What the next snapshot comes from. Set by a restore, while nothing is on its way; else by the writer."""
+
+    @property
+    def frozen(self) -> FrozenDigests:
+        """What needs no copy any more."""
+        return self._persister.frozen
 
     def start(self) -> None:
         """Start the threads, if they do not run yet. Called before anything is taken that a job would own.
@@ -115,6 +123,11 @@ class BackgroundWriter:
         """Figures of finished snapshots, in order of their completion."""
         with self._mutex:
             return list(self._stats)
+
+    def newest_stats(self, step: int | None) -> SnapshotStats | None:
+        """Figures of the newest finished snapshot of a step."""
+        with self._mutex:
+            return next((stats for stats in reversed(self._stats) if stats.step == step), None)
 
     def record(self, stats: SnapshotStats) -> None:
         """Figures of a snapshot that came to nothing before it was submitted."""
@@ -167,9 +180,18 @@ class BackgroundWriter:
                 job.windows,
                 lambda window: job.windows.release(self._pool, window),
                 keeps_memory=job.windows.whole,
+                kept=self._kept,
             )
-        finally:
+        except BaseException:
             job.windows.release_all(self._pool)
+            raise
+        retained = job.windows.release_all(self._pool, retain=True)
+        self._kept = None
+        if retained is not None:
+            # What was not copied is not in the slot, which still holds what an earlier snapshot left there.
+            remembered = job.request.remembered
+            digests = tuple(b"" if number in remembered else own for number, own in enumerate(persisted.digests))
+            self._kept = InMemory(job.request.snapshot, job.request.plan, digests, retained)
         self.parent = persisted.as_parent()
         self._durable(job, persisted, time.perf_counter() - job.staged_s)
         self._tidy()

@@ -1,7 +1,8 @@
 """Checkpointer: the engine tied to one training run.
 
 Threads: everything public is called on the training thread. One writer thread (``ciuic-writer``) makes staged snapshots
-durable, one after the other; it never touches a training tensor. Both end with ``close``.
+durable, one after the other; it never touches a training tensor. With ``staging="overlap"`` another one
+(``ciuic-stage``) copies what optimizers change, until the optimizer is about to. Both end with ``close``.
 """
 
 from __future__ import annotations
@@ -12,48 +13,39 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch.optim import Optimizer
 
 from ciuic_async.arguments import (
     check_choice,
-    check_metrics,
     check_number,
+    check_patterns,
     check_policy,
     check_state,
     check_tags,
-    position,
     refuse_unbuilt,
 )
-from ciuic_async.background import BackgroundWriter, Job, forget_locals
+from ciuic_async.background import BackgroundWriter
 from ciuic_async.capture import training
-from ciuic_async.capture.state_tree import Captured, decode_plain, encode_plain, flatten
+from ciuic_async.capture.state_tree import decode_plain
 from ciuic_async.chain import Snapshot, SnapshotChain
-from ciuic_async.codecs.choose import codec_for
-from ciuic_async.errors import (
-    CiuicError,
-    CiuicWarning,
-    IntegrityError,
-    InternalError,
-    SaveFailedError,
-    StoreError,
-    UsageError,
-)
-from ciuic_async.events import Event, Listener, SnapshotStats, logger, notify
-from ciuic_async.format import layout
-from ciuic_async.format.manifest import Progress as ProgressNodes
-from ciuic_async.pending import PendingSnapshot
-from ciuic_async.pipeline.capture_stage import STAGED, WindowQueue, slot_plan, stage_windows, table_bytes
-from ciuic_async.pipeline.persist import Parent, Persister, SaveRequest
+from ciuic_async.codecs.choose import encoder_for
+from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, SaveFailedError, StoreError, UsageError
+from ciuic_async.events import Listener, SnapshotStats, logger
+from ciuic_async.overlap import Overlap
+from ciuic_async.pending import DURABLE, FAILED, PendingSnapshot
+from ciuic_async.pipeline.bases import Parent
+from ciuic_async.pipeline.persist import Persister
 from ciuic_async.pipeline.restore import restore_objects
 from ciuic_async.ranks import require_single_rank
 from ciuic_async.retention.policy import Policy
+from ciuic_async.schedule import Schedule
 from ciuic_async.staging.budget import check_bound
-from ciuic_async.staging.device import Devices
-from ciuic_async.staging.slots import Slot, SlotPool, out_of_memory
-
-WINDOW_TIMEOUT_S = 30.0
-"""How long staging waits for the writer to free a window when ``when_busy="skip"`` gives no time of its own."""
+from ciuic_async.staging.slots import SlotPool
+from ciuic_async.taking import Moment, Taker, TakingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +78,23 @@ class Checkpointer:
         state: mapping of name to anything with ``state_dict``/``load_state_dict``, or a plain state tree.
         every_steps, every_epochs, every_seconds: when ``step`` takes a snapshot; several may be given, any one is
             enough. An epoch counts as over when ``step`` is first called with the next one.
+        overhead_budget: as often as costs this share of training time, e.g. 0.01: the interval follows what snapshots
+            are measured to cost (docs/interval.md).
         keep: which snapshots stay (``KeepLatest(3)``); None keeps all.
         rng: also capture and restore the random generators of python, numpy and torch.
-        staging: ``"auto"`` or ``"blocking"``: the state is copied before ``step`` returns.
+        staging: ``"blocking"``: the state is copied before ``step`` returns. ``"overlap"``: what torch's optimizers
+            change is copied while training goes on, and the next optimizer step waits for the rest (docs/overlap.md
+            names what must not be done meanwhile). ``"auto"``: overlap for tensors on a GPU; on CPU blocking, unless
+            copies take longer than 0.1 s and training's threads leave a processor idle.
         host_memory_bytes: bound of the memory for staged snapshots; default the smaller of twice the state and 40% of
             what is left. Below the state's size it is staged in windows, which blocks longer.
         when_busy: ``"wait"`` for the writer at most ``busy_timeout_s``, then skip this snapshot; or ``"skip"`` at once.
-        codec: ``"auto"`` or ``"raw"``.
+        codec: ``"auto"``: compressed where that makes snapshots durable sooner; ``"smallest"``: fewest bytes;
+            ``"raw"``.
+        frozen: patterns (``"model.trunk.*"``) of tensors that do not change: your word for it. They are copied and
+            digested once, then only referred to.
+        mtbf_s: mean time between failures, seconds: the interval that loses least time to snapshots and failures
+            together; beside ``overhead_budget``, which then is a cap.
         on_error: ``"warn"``: background failures never stop training; ``"raise"``: the next ``step`` raises them.
         key: signing key: path or the secret itself; default ``CIUIC_KEY``, else the user's own.
 
@@ -125,13 +127,11 @@ class Checkpointer:
         key: str | os.PathLike[str] | None = None,
         listener: Listener | None = None,
     ) -> None:
-        refuse_unbuilt(overhead_budget, staging, frozen, preemption, keeper, mtbf_s)
-        check_choice("staging", staging, ("auto", "blocking"))
+        patterns = check_patterns(frozen)
+        refuse_unbuilt(preemption=preemption, keeper=keeper)
+        check_choice("staging", staging, ("auto", "overlap", "blocking"))
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("on_error", on_error, ("warn", "raise"))
-        check_number("every_steps", every_steps, whole=True)
-        check_number("every_epochs", every_epochs)
-        check_number("every_seconds", every_seconds)
         check_number("host_memory_bytes", host_memory_bytes, whole=True)
         check_number("busy_timeout_s", busy_timeout_s, zero=True)
         check_bound(host_memory_bytes)
@@ -139,37 +139,48 @@ class Checkpointer:
         if key is not None and isinstance(chain, SnapshotChain):
             raise UsageError("key= was given beside an open SnapshotChain, which has its own: give it to the chain")
         require_single_rank()
-        encoder = codec_for(codec)
+        encoder = encoder_for(codec)
         self._state = check_state(state)
-        self._every_steps, self._every_epochs, self._every_seconds = every_steps, every_epochs, every_seconds
+        self._schedule = Schedule(every_steps, every_epochs, every_seconds, overhead_budget, mtbf_s)
         self._rng = rng
-        self._host_memory_bytes = host_memory_bytes
-        self._busy_timeout_s = busy_timeout_s if when_busy == "wait" else 0.0
-        self._skips_quietly = when_busy == "skip"
         self._raises = on_error == "raise"
         self._listener = listener
         self._owns_chain = not isinstance(chain, SnapshotChain)
         self._chain = chain if isinstance(chain, SnapshotChain) else SnapshotChain(chain, key=key)
         target = self._chain.target()
-        self._environment = training.environment()
         self._pool = SlotPool()
-        self._devices = Devices()
         persister = Persister(target, self._chain.file, encoder, self._chain.run)
         self._writer = BackgroundWriter(self._chain, persister, self._pool, keep, listener)
+        self._overlap = Overlap(self._writer, self._pool, listener)
+        # Holds what must be finished, and not this object: a checkpointer that is dropped, or alive when the
+        # interpreter ends, still makes durable what it has taken.
+        self._owner_pid = os.getpid()
+        self._finalizer = weakref.finalize(
+            self, _end, self._owner_pid, self._overlap, self._writer, self._chain if self._owns_chain else None
+        )
+        options = TakingOptions(
+            rng,
+            staging,
+            host_memory_bytes,
+            busy_timeout_s if when_busy == "wait" else 0.0,
+            when_busy == "skip",
+            patterns,
+        )
+        self._taker = Taker(
+            self._state,
+            self._chain.file.chunk_size_bytes,
+            training.environment(),
+            self._writer,
+            self._pool,
+            self._overlap,
+            options,
+            listener,
+        )
         self._unfinished: deque[PendingSnapshot] = deque()
         self._step = 0
         self._epoch: Any = None
         self._batch: Any = None
-        self._epoch_of_snapshot: Any = None
-        self._last_snapshot_s = time.monotonic()
-        self._prepared = False
         self._closed = False
-        self._owner_pid = os.getpid()
-        # Holds what must be finished, and not this object: a checkpointer that is dropped, or alive when the
-        # interpreter ends, still makes durable what it has taken.
-        self._finalizer = weakref.finalize(
-            self, _end, self._owner_pid, self._writer, self._chain if self._owns_chain else None
-        )
 
     # --- the training loop ------------------------------------------------------------------------------------------
 
@@ -191,19 +202,22 @@ class Checkpointer:
         if self._inert():
             return None
         self._step += 1
-        if self._epoch_of_snapshot is None:
-            self._epoch_of_snapshot = epoch
-        due = self._due(epoch)
+        due = self._schedule.step_done(self._step, epoch)
         self._epoch, self._batch = epoch, batch
+        if due:
+            self._overlap.finish()
+        else:
+            self._overlap.pass_gate()  # no optimizer came since (a skipped step): the state is still what it was
+        seen = self._overlap.gate.take_seen()
         self._surface_errors()  # may raise if asked to; the step is counted all the same
-        if not due:
-            if not self._prepared:
-                self._prepare()
-            return None
-        self._epoch_of_snapshot = epoch
-        pending = self._take(metrics, ())
-        skipped = pending.error is not None and pending.error.kind == "busy" and self._skips_quietly
-        return None if skipped else pending
+        if due:
+            pending = self._take(metrics, (), seen, due=True)
+            return None if self._taker.was_skipped(pending) else pending
+        if self._overlap.has_torn:
+            self._take(metrics, (), seen)
+        else:
+            self._taker.prepare()
+        return None
 
     def save(self, *, metrics: Mapping[str, Any] | None = None, tags: Sequence[str] = ()) -> PendingSnapshot:
         """Take a snapshot now, whatever the schedule says. On return training may go on.
@@ -213,14 +227,19 @@ class Checkpointer:
         """
         if self._inert():
             raise UsageError("save() was called in a forked child process; the checkpointer belongs to its parent")
+        checked = check_tags(tags)
+        self._overlap.finish()
         self._surface_errors()
-        return self._take(metrics, check_tags(tags))
+        return self._take(metrics, checked, self._overlap.gate.take_seen())
 
     def before_update(self) -> None:
-        """Tell that an optimizer which is not a ``torch.optim.Optimizer`` is about to change parameters.
+        """Tell that something other than a ``torch.optim.Optimizer`` is about to change tensors: finishes their copy.
 
-        With blocking staging everything is copied already: nothing happens.
+        Only needed for tensors that such an optimizer changes too: those that no torch optimizer knows, and all with
+        blocking staging, are copied already.
         """
+        if not self._inert():
+            self._overlap.pass_gate()
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until everything taken so far is durable (or failed).
@@ -229,6 +248,8 @@ class Checkpointer:
             TimeoutError: not within ``timeout_s``; work goes on.
             SaveFailedError: with ``on_error="raise"``, if one failed and nobody has seen it.
         """
+        if self._inert():
+            return
         self._wait_unfinished(timeout_s)
         self._surface_errors()
 
@@ -293,7 +314,10 @@ class Checkpointer:
         """
         if self._inert():
             raise UsageError("restore() was called in a forked child process; the checkpointer belongs to its parent")
+        self._overlap.finish(last_chance=True)
+        self._overlap.give_up()
         self._writer.wait_idle()
+        self._overlap.gate.forget_loading()
         if ref != "latest":
             return self._restored(self._chain.get(ref), strict, ())
         skipped: list[tuple[str, str]] = []
@@ -326,8 +350,8 @@ class Checkpointer:
         step = decode_plain(nodes.step)
         self._step = step if isinstance(step, int) else 0
         self._epoch, self._batch = decode_plain(nodes.epoch), decode_plain(nodes.batch)
-        self._epoch_of_snapshot = self._epoch
-        self._last_snapshot_s = time.monotonic()
+        self._schedule.restored(self._epoch)
+        self._writer.frozen.forget()
         self._writer.parent = Parent(snapshot.id, snapshot.leaf_hash, resolved.locator.chunks)
         differences = training.environment_differences(resolved.manifest.environment, training.environment())
         if differences:
@@ -340,149 +364,39 @@ class Checkpointer:
 
     # --- taking a snapshot, on the training thread ------------------------------------------------------------------
 
-    def _due(self, epoch: Any) -> bool:
-        if self._every_steps is not None and self._step % self._every_steps == 0:
-            return True
-        if self._every_seconds is not None and time.monotonic() - self._last_snapshot_s >= self._every_seconds:
-            return True
-        if self._every_epochs is None or epoch is None:
-            return False
-        try:
-            if epoch == self._epoch_of_snapshot:
-                return False
-            return bool(epoch - self._epoch_of_snapshot >= self._every_epochs)
-        except Exception:  # no number (a text, an array, ...): every change counts
-            return True
-
-    def _take(self, metrics: Mapping[str, Any] | None, tags: tuple[str, ...]) -> PendingSnapshot:
-        """Capture, stage and hand over. Never raises for what is wrong with the state or the machine."""
+    def _take(
+        self, metrics: Mapping[str, Any] | None, tags: tuple[str, ...], seen: list[Optimizer], *, due: bool = False
+    ) -> PendingSnapshot:
+        """Capture, stage and hand over; what was discarded before becomes this one. Raises for no state or machine."""
         if self._closed:
             raise UsageError("this Checkpointer is closed")
-        started = time.perf_counter()
-        self._last_snapshot_s = time.monotonic()
-        pending = PendingSnapshot(self._step)
-        try:
-            self._capture_and_stage(pending, metrics, tags, started)
-        except CiuicError as error:
-            self._failed_to_take(pending, error, started)
-        except Exception as error:
-            if out_of_memory(error):
-                failure: CiuicError = StoreError(
-                    f"no host memory left to stage the snapshot: {error}; lower host_memory_bytes", kind="out_of_memory"
-                )
-            else:
-                failure = InternalError(f"capturing the state failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._failed_to_take(pending, failure, started)
-        return pending
-
-    def _capture_and_stage(
-        self,
-        pending: PendingSnapshot,
-        metrics: Mapping[str, Any] | None,
-        tags: tuple[str, ...],
-        started: float,
-    ) -> None:
-        self._prepared = True  # slots are made right now, if there are none yet
-        self._writer.start()
-        captured = self._capture()
-        request = SaveRequest(
-            snapshot=layout.new_id(),
-            plan=captured.plan,
-            step=self._step,
-            epoch=position(self._epoch),
-            batch=position(self._batch),
-            progress=ProgressNodes(self._step, encode_plain(self._epoch, "epoch"), encode_plain(self._batch, "batch")),
-            metrics=check_metrics(metrics),
-            tags=tags,
-            environment=self._environment,
-        )
-        plan = slot_plan(captured, self._host_memory_bytes, self._pool)
-        first = self._pool.acquire(plan, table_bytes(captured), self._busy_timeout_s)
-        if first is None:
-            raise SaveFailedError(
-                "skipped: earlier snapshots are not durable yet "
-                + ("(when_busy='skip')" if self._skips_quietly else f"after {self._busy_timeout_s} s (busy_timeout_s)")
-                + "; take fewer or use a faster disk",
-                kind="busy",
-            )
-        self._pool.trim(plan)
-        windows = WindowQueue(whole=not plan.windowed)
-        raw_bytes = sum(region.size_bytes for region in captured.plan.regions)
-        job = Job(request, windows, pending, SnapshotStats(self._step, request.snapshot, raw_bytes=raw_bytes))
-        staging_started = time.perf_counter()
-
-        def mark(slot: Slot) -> None:
-            slot.mark(STAGED, step=self._step, snapshot=request.snapshot, regions=captured.plan.regions)
-
-        if plan.windowed:  # the writer must empty the first windows while the later ones are filled
-            self._submit(job)
-        try:
-            stage_windows(
-                captured,
-                plan,
-                self._pool,
-                self._devices,
-                windows,
-                first=first,
-                timeout_s=self._busy_timeout_s or WINDOW_TIMEOUT_S,
-                mark=mark,
-            )
-        except BaseException as error:
-            windows.abandon(
-                error if isinstance(error, CiuicError) else SaveFailedError(f"staging was interrupted: {error!r}")
-            )
-            raise
-        now = time.perf_counter()
-        job.stats = replace(job.stats, stall_s=now - started, stage_s=now - staging_started)
-        job.staged_s = now
-        windows.end()
-        pending.staged()
-        notify(self._listener, Event("stage", request.snapshot, raw_bytes, now - staging_started))
-        if not plan.windowed:
-            self._submit(job)
-
-    def _submit(self, job: Job) -> None:
-        self._unfinished.append(job.pending)
-        self._writer.submit(job)
-
-    def _capture(self) -> Captured:
-        return flatten(
-            training.capture_objects(self._state),
-            chunk_size_bytes=self._chain.file.chunk_size_bytes,
-            rng=training.capture_rng() if self._rng else None,
-            trainable=training.trainable_storages(self._state),
-        )
-
-    def _prepare(self) -> None:
-        """Make and touch the slots in the background, once optimizers have made their state: after the first step."""
-        self._prepared = True
-        try:
-            captured = self._capture()
-            plan = slot_plan(captured, self._host_memory_bytes, self._pool)
-            self._pool.prepare(plan, table_bytes(captured), self._devices.for_pinning())
-        except Exception as error:  # no snapshot is due: whatever it is will be reported when one is
-            logger.warning("the state cannot be captured as it is now: %s", error)
-
-    def _failed_to_take(self, pending: PendingSnapshot, error: CiuicError, started: float) -> None:
-        if error.kind == "writer_failed":
-            return  # the writer knows the cause, and reports it
-        quiet = error.kind == "busy" and self._skips_quietly
-        if quiet:
-            logger.info("snapshot of step %s %s", pending.step, error)
+        self._overlap.gate.forget_loading()
+        torn = self._overlap.take_torn()
+        self._schedule.taken(scheduled=due, again=torn is not None)
+        if torn is None:
+            pending, retries = PendingSnapshot(self._step), 0
+            pending.add_done_callback(partial(_report, self._schedule, self._writer, time.perf_counter()))
         else:
-            logger.error("snapshot of step %s failed: %s", pending.step, error)
-        forget_locals(error)
-        self._writer.record(SnapshotStats(pending.step, "", stall_s=time.perf_counter() - started))
-        pending.failed(error, seen=quiet)
-        if not quiet:
-            self._unfinished.append(pending)
-            self._surface_errors()
+            pending, retries = torn.job.pending, torn.job.stats.torn_retries
+            pending.step = self._step
+            request = torn.job.request
+            metrics = dict(request.metrics) if metrics is None else metrics
+            tags = tuple(dict.fromkeys((*request.tags, *tags)))
+        self._taker.take(Moment(self._step, self._epoch, self._batch, metrics, tags), pending, seen, retries)
+        if not self._taker.was_skipped(pending) or retries:
+            if pending not in self._unfinished:
+                self._unfinished.append(pending)
+            if pending.phase == FAILED:
+                self._surface_errors()
+        return pending
 
     # --- errors and ends --------------------------------------------------------------------------------------------
 
     def _wait_unfinished(self, timeout_s: float | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._overlap.finish(last_chance=True)
+        if timeout_s is None:
+            self._overlap.give_up()  # nobody can take it again while we wait here
         for pending in list(self._unfinished):
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             with pending._changed:
@@ -516,12 +430,22 @@ class Checkpointer:
         return os.getpid() != self._owner_pid
 
 
-def _end(owner_pid: int, writer: BackgroundWriter, chain: SnapshotChain | None) -> None:
+def _report(schedule: Schedule, writer: BackgroundWriter, began_s: float, pending: PendingSnapshot) -> None:
+    """Tell the schedule what a snapshot cost. Knows nothing of the checkpointer, which may be gone."""
+    stats = writer.newest_stats(pending.step)
+    stall_s, gate_s = (stats.stall_s, stats.gate_s) if stats is not None else (0.0, 0.0)
+    schedule.finished(stall_s, gate_s, time.perf_counter() - began_s, pending.phase == DURABLE)
+
+
+def _end(owner_pid: int, overlap: Overlap, writer: BackgroundWriter, chain: SnapshotChain | None) -> None:
     """Finish what was taken. Knows nothing of the checkpointer, which may be gone."""
     if os.getpid() != owner_pid:
         return  # a forked child: everything belongs to its parent
     try:
-        writer.close()
+        try:
+            overlap.close()
+        finally:
+            writer.close()
     finally:
         if chain is not None:
             chain.close()

@@ -6,12 +6,13 @@ capture --(CapturePlan)--> staging --(StagedWindow)--> codecs --(EncodedChunk)--
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ciuic_async.format.digest import Buffer
+from ciuic_async.format.jsontext import Hole, Template
 from ciuic_async.format.locator import ChunkLocation, SegmentReference
-from ciuic_async.format.manifest import Path, Tree
+from ciuic_async.format.manifest import Node, Path, Tree
 from ciuic_async.format.segment import RecordHeader
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ChunkLocation",
     "Decoder",
     "EncodedChunk",
+    "PlanMemo",
     "PlannedChunk",
     "PlannedTensor",
     "Region",
@@ -32,13 +34,14 @@ class Region:
     """One run of bytes that is cut into chunks: a tensor, or a pack of small tensors.
 
     ``address`` is its place in the plan's address space, a multiple of 4096: slots mirror this space, so a region lies
-    page-aligned in memory.
+    page-aligned in memory. ``frozen``: it does not change from snapshot to snapshot, by the user's word.
     """
 
     address: int
     size_bytes: int
     item_size_bytes: int
     path: Path
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +66,41 @@ class PlannedChunk:
     item_size_bytes: int
 
 
+@dataclass(slots=True)
+class PlanMemo:
+    """What was worked out once and holds for every snapshot of the same structure. Only the writer uses it."""
+
+    part: Template | None = None
+    """The manifest's only part, with holes for values, the snapshot's id and digests (``pipeline.describe``)."""
+    raw_bytes: int = 0
+    values: tuple[Node, ...] = ()
+    texts: tuple[bytes, ...] = ()
+    """JSON of ``values``, which are those of the last snapshot."""
+
+
 @dataclass(frozen=True, slots=True)
 class CapturePlan:
-    """What one snapshot will hold, in order, before a byte is copied. Packs' regions come first."""
+    """What one snapshot will hold, in order, before a byte is copied. Packs' regions come first.
+
+    ``forms`` are the state's trees. Where a ``Hole`` stands, the node is ``values[hole.number]``: snapshots of one
+    structure share everything but these values. ``memo`` is shared by them, too.
+    """
 
     top: str
-    trees: tuple[Tree, ...]
+    forms: tuple[Tree, ...]
     tensors: tuple[PlannedTensor, ...]
     regions: tuple[Region, ...]
     pack_count: int
     chunk_size_bytes: int
+    values: tuple[Node, ...] = ()
+    memo: PlanMemo = field(default_factory=PlanMemo, compare=False, repr=False)
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """The state's trees without holes."""
+        if not self.values:
+            return self.forms
+        return tuple(Tree(tree.section, tree.key, _filled(tree.node, self.values)) for tree in self.forms)
 
     @property
     def size_bytes(self) -> int:
@@ -85,6 +113,16 @@ class CapturePlan:
             for start in range(0, region.size_bytes, self.chunk_size_bytes):
                 size = min(self.chunk_size_bytes, region.size_bytes - start)
                 yield PlannedChunk(number, region.address + start, size, region.item_size_bytes)
+
+
+def _filled(node: Node, values: tuple[Node, ...]) -> Node:
+    if isinstance(node, Hole):
+        return values[node.number]
+    if isinstance(node, list):
+        return [_filled(item, values) for item in node]
+    if isinstance(node, dict):
+        return {name: _filled(item, values) for name, item in node.items()}
+    return node
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +156,10 @@ class EncodedChunk:
 class Decoder(Protocol):
     """The way back, chosen by ``header.codec``."""
 
-    def __call__(self, header: RecordHeader, payload: Buffer, out: memoryview) -> None:
-        """Fill ``out`` (``header.raw_size_bytes`` long, writable) or raise ``IntegrityError`` (kind ``bad_payload``).
+    def __call__(self, header: RecordHeader, payload: Buffer, out: memoryview, base: memoryview | None = None) -> None:
+        """Fill ``out`` (``header.raw_size_bytes`` long, writable) or raise ``IntegrityError``.
 
-        ``header`` has passed ``parse_record_header``; ``payload`` is hostile. What is decoded is not yet trusted: the
-        caller checks the digest.
+        ``header`` has passed ``parse_record_header``; ``payload`` is hostile (kind ``bad_payload``). ``base`` holds the
+        checked bytes of the chunk ``header.base`` of a delta, apart from ``out``; of another length or missing it is
+        kind ``bad_base``. Other codecs ignore it. What is decoded is not yet trusted: the caller checks the digest.
         """

@@ -49,11 +49,12 @@ def save(
     """
     from ciuic_async.capture import training
     from ciuic_async.capture.state_tree import flatten
-    from ciuic_async.codecs.choose import codec_for
+    from ciuic_async.codecs.choose import encoder_for
+    from ciuic_async.pipeline.bases import Parent
     from ciuic_async.pipeline.history import Line
-    from ciuic_async.pipeline.persist import Parent, Persister, SaveRequest
+    from ciuic_async.pipeline.persist import Persister, SaveRequest
 
-    encoder, recorded_metrics, recorded_tags = codec_for(codec), check_metrics(metrics), check_tags(tags)
+    encoder, recorded_metrics, recorded_tags = encoder_for(codec), check_metrics(metrics), check_tags(tags)
     captured = flatten(
         state, chunk_size_bytes=CHUNK_SIZE_BYTES
     )  # what cannot be stored is refused before a chain is made

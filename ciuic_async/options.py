@@ -32,22 +32,37 @@ class WriteOptions:
     """Buffers per writer: bounds its memory to 16 MiB."""
     encode_threads: int = max(1, min(8, (os.cpu_count() or 1) // 4))
     """Threads that digest and encode: a quarter of the machine, for training needs the rest."""
-    niceness: int = 19
-    """Of background threads. nice 19 leaves training alone; SCHED_IDLE would starve the writer."""
+    niceness: int = 10
+    """Of the threads that digest and encode. On idle cores it costs nothing; against a busy core it gets a tenth. At
+    19, and with SCHED_IDLE, a thread may sit on Python's lock while it waits long for a core, and training waits too."""
+    patience_s: float = 1.0
+    """How long a snapshot is made durable in time that training leaves over; then at normal priority."""
+    patience_fraction: float = 0.2
+    """The same as a share of the time between snapshots: each is durable before the next is due."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodecOptions:
     """When compression pays."""
 
-    level: int = -50
-    """zstd level with Huffman-coded literals: 2.8x on exponent planes at 0.4-0.5 GB/s."""
-    fallback_level: int = 1
-    """Where only the zstandard package is there, which cannot force Huffman literals."""
     minimum_gain: float = 0.08
-    """A plane is compressed if a probe saves at least this share; else decoding would cost more than it gives."""
-    probe_size_bytes: int = 32 << 10
-    """Length of the probe in one plane."""
+    """``auto``: what saves less of its bytes is stored as it is, else decoding would cost more than it gives."""
+    smallest_gain: float = 0.01
+    """``smallest``: the same, at the edge of what a table of codes costs."""
+    smallest_level: int = 3
+    """zstd level for planes in which bytes repeat; higher ones find hardly more and take ten times as long."""
+    fallback_level: int = 1
+    """Where only the zstandard package is there, which has no coder for bytes alone: its fastest useful level."""
+    sooner: float = 0.10
+    """``auto`` leaves raw only for what is predicted durable sooner by this share: predictions err."""
+    probe_share: float = 1 / 64
+    """Of a chunk that ``auto`` encodes on trial, twice: enough to judge by, too little to notice."""
+    probe_chunks: int = 2
+    """Trials of each kind of tensor in a snapshot that has any."""
+    probe_every: int = 16
+    """Snapshots from one trial of the other ways to the next: weights, disks and neighbours change."""
+    smoothing: float = 0.5
+    """Weight of the newest snapshot in what is expected: a disk that becomes slower is noticed with the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +70,13 @@ class ReadOptions:
     """How chunks come back."""
 
     threads: int = min(8, 2 * (os.cpu_count() or 1))
-    """Reads wait for the disk while others decode."""
+    """Reads wait for the disk while others digest, decode and copy."""
+    run_size_bytes: int = 4 << 20
+    """Records that lie side by side are read in one go up to this size: one large read costs as much as a few small."""
+    run_gap_bytes: int = 64 << 10
+    """As much may lie between them: reading it costs less than another read."""
+    open_segments: int = 16
+    """Descriptors of one restore."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ class PendingSnapshot:
     """One snapshot between ``save`` and durable. Any thread may ask and wait.
 
     Attributes:
-        step: the captured step.
+        step: the captured step. It changes when training changed the state while it was copied in the background: the
+            snapshot is then taken again at the next step.
         phase: ``"staging"``, ``"staged"`` (training may change its tensors), ``"durable"`` or ``"failed"``.
     """
 
@@ -31,9 +32,15 @@ class PendingSnapshot:
         self._error: CiuicError | None = None
         self._callbacks: list[Callable[[PendingSnapshot], None]] = []
         self._error_seen = False
+        self.drive: Callable[[bool], None] | None = None
+        """Set by the engine as long as the snapshot may need the training thread to get on. Called by whoever waits,
+        with whether it waits for ever."""
 
     def wait_staged(self, timeout_s: float | None = None) -> None:
         """Wait until training may change the captured tensors.
+
+        With ``staging="overlap"`` the optimizer waits by itself; on the training thread this finishes the copy. Another
+        thread waits until training comes to its next optimizer step or its next call of the checkpointer.
 
         Raises:
             SaveFailedError: it failed; ``__cause__`` says why.
@@ -64,6 +71,9 @@ class PendingSnapshot:
         _call(callback, self)
 
     def _wait(self, phases: tuple[str, ...], timeout_s: float | None) -> None:
+        drive = self.drive
+        if drive is not None:
+            drive(timeout_s is None)
         with self._changed:
             if not self._changed.wait_for(lambda: self.phase in phases, timeout_s):
                 raise TimeoutError(f"snapshot of step {self.step} is still {self.phase} after {timeout_s} s")

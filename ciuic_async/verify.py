@@ -21,7 +21,8 @@ from ciuic_async.format.locator import Locator, SegmentReference
 from ciuic_async.format.manifest import Manifest, dotted
 from ciuic_async.pipeline.chunks import chunk_reader
 from ciuic_async.pipeline.commit import locator_generations, read_manifest
-from ciuic_async.segments.reader import SegmentReader, check_segment
+from ciuic_async.segments.reader import SegmentReader
+from ciuic_async.segments.whole import check_segment
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency.audit import audit_log
 
@@ -267,14 +268,15 @@ def _check_chunks(
             continue
         if walk.attempt(lambda segment=segment: _check_whole(walk.store, segment), snapshot=entry.snapshot):  # type: ignore[misc]
             walk.checked_bytes += segment.size_bytes
-    reader = chunk_reader(walk.store)
-    for chunk, place in where.chunks.items():
-        walk.attempt(
-            lambda chunk=chunk, place=place: _read(reader, chunk, distinct[chunk], place),  # type: ignore[misc]
-            snapshot=entry.snapshot,
-            tensor=names.get(chunk, ""),
-            where=place.segment.path,
-        )
+    # Not past the page cache: the segments have just been read through it.
+    with chunk_reader(walk.store, where=where, sizes=distinct, direct=False) as reader:
+        for chunk, place in where.chunks.items():
+            walk.attempt(
+                lambda chunk=chunk, place=place: _read(reader, chunk, distinct[chunk], place),  # type: ignore[misc]
+                snapshot=entry.snapshot,
+                tensor=names.get(chunk, ""),
+                where=place.segment.path,
+            )
 
 
 def _check_size(store: Store, segment: SegmentReference) -> None:

@@ -19,7 +19,8 @@ namespace ciuic {
 namespace {
 
 constexpr std::size_t kLine = 64;
-constexpr std::size_t kStreamMinimumBytes = std::size_t{256} << 10;  // below, the copy fits caches and memcpy wins
+constexpr std::size_t kStreamMinimumBytes = std::size_t{256} << 10;  // copies smaller in all stay in the caches
+constexpr std::size_t kStreamRangeBytes = std::size_t{4} << 10;      // of a big copy, below this memcpy wins
 constexpr std::size_t kThreadMinimumBytes = std::size_t{1} << 20;    // below, starting a thread costs more than it saves
 
 // A kernel copies whole lines to a destination that starts at one.
@@ -70,8 +71,26 @@ StreamKernel choose_kernel() { return stream_portable; }
 
 #endif
 
-void copy_share(const std::vector<CopyRange>& share) noexcept {
-  for (const CopyRange& range : share) copy_stream(range.destination, range.source, range.size_bytes);
+const StreamKernel stream_kernel = choose_kernel();
+
+void stream(char* destination, const char* source, std::size_t size_bytes) noexcept {
+  const std::size_t head = -reinterpret_cast<std::uintptr_t>(destination) & (kLine - 1);
+  const std::size_t body = (size_bytes - head) & ~(kLine - 1);
+  std::memcpy(destination, source, head);
+  stream_kernel(destination + head, source + head, body);
+  std::memcpy(destination + head + body, source + head + body, size_bytes - head - body);
+}
+
+void copy_share(const std::vector<CopyRange>& share, bool streams) noexcept {
+  for (const CopyRange& range : share) {
+    if (range.source == nullptr) {
+      std::memset(range.destination, 0, range.size_bytes);
+    } else if (streams && range.size_bytes >= kStreamRangeBytes) {
+      stream(range.destination, range.source, range.size_bytes);
+    } else {
+      std::memcpy(range.destination, range.source, range.size_bytes);
+    }
+  }
 }
 
 // Cuts `ranges` into `count` lists of about equal bytes.
@@ -93,7 +112,8 @@ std::vector<std::vector<CopyRange>> divide(const std::vector<CopyRange>& ranges,
         take = std::min(take, ((start + room + kLine - 1) & ~(kLine - 1)) - start);
       }
       shares[current].push_back({rest.destination, rest.source, take});
-      rest = {rest.destination + take, rest.source + take, rest.size_bytes - take};
+      const char* const source = rest.source == nullptr ? nullptr : rest.source + take;
+      rest = {rest.destination + take, source, rest.size_bytes - take};
       room -= std::min(room, take);
     }
   }
@@ -103,24 +123,20 @@ std::vector<std::vector<CopyRange>> divide(const std::vector<CopyRange>& ranges,
 }  // namespace
 
 void copy_stream(char* destination, const char* source, std::size_t size_bytes) noexcept {
-  static const StreamKernel kernel = choose_kernel();
-  if (size_bytes < kStreamMinimumBytes) {
+  if (size_bytes >= kStreamMinimumBytes) {
+    stream(destination, source, size_bytes);
+  } else {
     std::memcpy(destination, source, size_bytes);
-    return;
   }
-  const std::size_t head = -reinterpret_cast<std::uintptr_t>(destination) & (kLine - 1);
-  const std::size_t body = (size_bytes - head) & ~(kLine - 1);
-  std::memcpy(destination, source, head);
-  kernel(destination + head, source + head, body);
-  std::memcpy(destination + head + body, source + head + body, size_bytes - head - body);
 }
 
 void copy_many(const std::vector<CopyRange>& ranges, unsigned threads) {
   std::size_t total = 0;
   for (const CopyRange& range : ranges) total += range.size_bytes;
   const auto useful = static_cast<unsigned>(std::min<std::size_t>(threads, 1 + total / kThreadMinimumBytes));
+  const bool streams = total >= kStreamMinimumBytes;
   if (useful <= 1) {
-    copy_share(ranges);
+    copy_share(ranges, streams);
     return;
   }
   const std::vector<std::vector<CopyRange>> shares = divide(ranges, total, useful);
@@ -129,12 +145,12 @@ void copy_many(const std::vector<CopyRange>& ranges, unsigned threads) {
   for (std::size_t number = 1; number < shares.size(); ++number) {
     try {
       const SignalsBlocked blocked;
-      helpers.emplace_back(copy_share, std::cref(shares[number]));
+      helpers.emplace_back(copy_share, std::cref(shares[number]), streams);
     } catch (const std::system_error&) {
-      copy_share(shares[number]);
+      copy_share(shares[number], streams);
     }
   }
-  copy_share(shares[0]);
+  copy_share(shares[0], streams);
   for (std::thread& helper : helpers) helper.join();
 }
 

@@ -6,20 +6,24 @@
 
 namespace ciuic {
 
-// One copy. Source and destination do not overlap, and both stay valid and unmoved until the call returns.
+// One copy; without a source the destination is filled with zeros. Source and destination do not overlap, and both stay
+// valid and unmoved until the call returns.
 struct CopyRange {
   char* destination;
   const char* source;
   std::size_t size_bytes;
 };
 
-// Copies one range on the calling thread. Big ranges bypass the caches (non-temporal stores), because nobody reads a
-// staged copy soon and training wants its caches. Stores are fenced: another thread may read when it returns.
+// Copies one range on the calling thread, past the caches if it is big. Stores are fenced: another thread may read when
+// it returns.
 void copy_stream(char* destination, const char* source, std::size_t size_bytes) noexcept;
 
 // Copies all ranges on up to `threads` threads, the caller among them; all are joined before it returns. Work is
 // split evenly by bytes, at cache lines of the destination. Where a thread cannot be started, the caller copies its
 // share. Destinations must not overlap each other. Throws std::bad_alloc before the first byte, or nothing.
+//
+// Copies that are big together bypass the caches (non-temporal stores), because nobody reads a staged copy soon and
+// training wants its caches. Stores are fenced: another thread may read when it returns.
 void copy_many(const std::vector<CopyRange>& ranges, unsigned threads);
 
 // Makes every page of the range present and writable, without changing a byte even while others write to it. First

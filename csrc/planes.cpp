@@ -15,11 +15,12 @@ namespace {
 constexpr std::size_t kBlockItems = 2048;  // 32 KiB of the largest items: a block is read from memory once
 
 template <std::size_t kItem>
-void split_portable(const std::uint8_t* items, std::size_t first, std::size_t count, std::uint8_t* planes) {
+void split_portable(const std::uint8_t* items, std::size_t first, std::size_t count, std::uint8_t* planes,
+                    std::size_t stride) {
   for (std::size_t start = first; start < count; start += kBlockItems) {
     const std::size_t end = std::min(count, start + kBlockItems);
     for (std::size_t plane = 0; plane < kItem; ++plane) {
-      for (std::size_t at = start; at < end; ++at) planes[plane * count + at] = items[at * kItem + plane];
+      for (std::size_t at = start; at < end; ++at) planes[plane * stride + at] = items[at * kItem + plane];
     }
   }
 }
@@ -55,7 +56,8 @@ CIUIC_AVX2 __m256i load(const std::uint8_t* from) {
 
 CIUIC_AVX2 void store(std::uint8_t* to, __m256i value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value); }
 
-CIUIC_AVX2 std::size_t split2(const std::uint8_t* items, std::size_t count, std::uint8_t* planes) {
+CIUIC_AVX2 std::size_t split2(const std::uint8_t* items, std::size_t count, std::uint8_t* planes,
+                               std::size_t stride) {
   const std::size_t done = count & ~std::size_t{31};
   const __m256i low_byte = _mm256_set1_epi16(0x00FF);
   for (std::size_t at = 0; at < done; at += 32) {
@@ -64,7 +66,7 @@ CIUIC_AVX2 std::size_t split2(const std::uint8_t* items, std::size_t count, std:
     const __m256i low = _mm256_packus_epi16(_mm256_and_si256(a, low_byte), _mm256_and_si256(b, low_byte));
     const __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
     store(planes + at, _mm256_permute4x64_epi64(low, 0xD8));  // packing works in 128-bit lanes: put them in order
-    store(planes + count + at, _mm256_permute4x64_epi64(high, 0xD8));
+    store(planes + stride + at, _mm256_permute4x64_epi64(high, 0xD8));
   }
   return done;
 }
@@ -90,7 +92,8 @@ CIUIC_AVX2 __m256i group4(const std::uint8_t* items) {
   return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(load(items), within), across);
 }
 
-CIUIC_AVX2 std::size_t split4(const std::uint8_t* items, std::size_t count, std::uint8_t* planes) {
+CIUIC_AVX2 std::size_t split4(const std::uint8_t* items, std::size_t count, std::uint8_t* planes,
+                               std::size_t stride) {
   const std::size_t done = count & ~std::size_t{31};
   for (std::size_t at = 0; at < done; at += 32) {
     const __m256i a = group4(items + at * 4);
@@ -102,9 +105,9 @@ CIUIC_AVX2 std::size_t split4(const std::uint8_t* items, std::size_t count, std:
     const __m256i cd_even = _mm256_unpacklo_epi64(c, d);
     const __m256i cd_odd = _mm256_unpackhi_epi64(c, d);
     store(planes + at, _mm256_permute2x128_si256(ab_even, cd_even, 0x20));
-    store(planes + count + at, _mm256_permute2x128_si256(ab_odd, cd_odd, 0x20));
-    store(planes + count * 2 + at, _mm256_permute2x128_si256(ab_even, cd_even, 0x31));
-    store(planes + count * 3 + at, _mm256_permute2x128_si256(ab_odd, cd_odd, 0x31));
+    store(planes + stride + at, _mm256_permute2x128_si256(ab_odd, cd_odd, 0x20));
+    store(planes + stride * 2 + at, _mm256_permute2x128_si256(ab_even, cd_even, 0x31));
+    store(planes + stride * 3 + at, _mm256_permute2x128_si256(ab_odd, cd_odd, 0x31));
   }
   return done;
 }
@@ -135,12 +138,154 @@ CIUIC_AVX2 std::size_t merge4(const std::uint8_t* const* planes, std::size_t cou
 #else
 
 bool has_avx2() { return false; }
-std::size_t split2(const std::uint8_t*, std::size_t, std::uint8_t*) { return 0; }
-std::size_t split4(const std::uint8_t*, std::size_t, std::uint8_t*) { return 0; }
+std::size_t split2(const std::uint8_t*, std::size_t, std::uint8_t*, std::size_t) { return 0; }
+std::size_t split4(const std::uint8_t*, std::size_t, std::uint8_t*, std::size_t) { return 0; }
 std::size_t merge2(const std::uint8_t* const*, std::size_t, std::uint8_t*) { return 0; }
 std::size_t merge4(const std::uint8_t* const*, std::size_t, std::uint8_t*) { return 0; }
 
 #endif
+
+// --- transforms ------------------------------------------------------------------------------------------------------
+
+template <typename Word>
+constexpr unsigned kWordBits = 8 * sizeof(Word);
+
+template <typename Word>
+Word rotated(Word word) {
+  return static_cast<Word>(word << 1 | word >> (kWordBits<Word> - 1));
+}
+
+// The upper 16 bits rotated left by one: a float's sign leaves its exponent, and its low bits stay where they are.
+template <typename Word>
+Word sign_below(Word word) {
+  constexpr unsigned low = kWordBits<Word> - 16;
+  const auto upper = static_cast<std::uint16_t>(word >> low);
+  return static_cast<Word>((static_cast<Word>(static_cast<std::uint16_t>(upper << 1 | upper >> 15)) << low) |
+                           static_cast<Word>(word & ((Word{1} << low) - 1)));
+}
+
+template <typename Word>
+Word sign_above(Word word) {
+  constexpr unsigned low = kWordBits<Word> - 16;
+  const auto upper = static_cast<std::uint16_t>(word >> low);
+  return static_cast<Word>((static_cast<Word>(static_cast<std::uint16_t>(upper >> 1 | upper << 15)) << low) |
+                           static_cast<Word>(word & ((Word{1} << low) - 1)));
+}
+
+// Signed integers of small size become small unsigned ones: 0, -1, 1, -2, ... -> 0, 1, 2, 3, ...
+template <typename Word>
+Word difference(Word word, Word base) {
+  const auto delta = static_cast<Word>(rotated(word) - rotated(base));
+  const auto negative = static_cast<Word>(Word{0} - (delta >> (kWordBits<Word> - 1)));
+  return static_cast<Word>(static_cast<Word>(delta << 1) ^ negative);
+}
+
+template <typename Word>
+Word undo_difference(Word zigzag, Word base) {
+  const auto delta = static_cast<Word>((zigzag >> 1) ^ static_cast<Word>(Word{0} - (zigzag & 1)));
+  const auto word = static_cast<Word>(rotated(base) + delta);
+  return static_cast<Word>(word >> 1 | word << (kWordBits<Word> - 1));
+}
+
+enum class Way { kForward, kBack };
+
+// `to` may be `items`. Memory need not be aligned: each word is copied, which compiles to vector loads.
+template <typename Word, Way kWay>
+inline __attribute__((always_inline)) void transform_words(Transform transform, const std::uint8_t* items,
+                                                           const std::uint8_t* base, std::size_t count,
+                                                           std::uint8_t* to) {
+  const auto each = [&](auto apply) {
+    for (std::size_t at = 0; at < count * sizeof(Word); at += sizeof(Word)) {
+      Word word;
+      std::memcpy(&word, items + at, sizeof(Word));
+      word = apply(word, at);
+      std::memcpy(to + at, &word, sizeof(Word));
+    }
+  };
+  const auto base_at = [base](std::size_t at) {
+    Word word;
+    std::memcpy(&word, base + at, sizeof(Word));
+    return word;
+  };
+  switch (transform) {
+    case Transform::kXor:
+      return each([&](Word word, std::size_t at) { return static_cast<Word>(word ^ base_at(at)); });
+    case Transform::kDifference:
+      if constexpr (kWay == Way::kForward) {
+        return each([&](Word word, std::size_t at) { return difference<Word>(word, base_at(at)); });
+      } else {
+        return each([&](Word word, std::size_t at) { return undo_difference<Word>(word, base_at(at)); });
+      }
+    case Transform::kRotated:
+      if constexpr (sizeof(Word) == 1) {
+        return;
+      } else if constexpr (kWay == Way::kForward) {
+        return each([](Word word, std::size_t) { return sign_below<Word>(word); });
+      } else {
+        return each([](Word word, std::size_t) { return sign_above<Word>(word); });
+      }
+    case Transform::kNone:
+      return;
+  }
+}
+
+template <Way kWay>
+inline __attribute__((always_inline)) void transform_items(Transform transform, const std::uint8_t* items,
+                                                           const std::uint8_t* base, std::size_t count,
+                                                           std::size_t item_size_bytes, std::uint8_t* to) {
+  switch (item_size_bytes) {
+    case 2:
+      return transform_words<std::uint16_t, kWay>(transform, items, base, count, to);
+    case 4:
+      return transform_words<std::uint32_t, kWay>(transform, items, base, count, to);
+    case 8:
+      return transform_words<std::uint64_t, kWay>(transform, items, base, count, to);
+    case 16:
+      return transform_words<std::uint64_t, kWay>(transform, items, base, count * 2, to);
+    default:
+      return transform_words<std::uint8_t, kWay>(transform, items, base, count, to);
+  }
+}
+
+template <Way kWay>
+void transform_portable(Transform transform, const std::uint8_t* items, const std::uint8_t* base, std::size_t count,
+                        std::size_t item_size_bytes, std::uint8_t* to) {
+  transform_items<kWay>(transform, items, base, count, item_size_bytes, to);
+}
+
+#if defined(__x86_64__)
+template <Way kWay>
+CIUIC_AVX2 void transform_avx2(Transform transform, const std::uint8_t* items, const std::uint8_t* base,
+                               std::size_t count, std::size_t item_size_bytes, std::uint8_t* to) {
+  transform_items<kWay>(transform, items, base, count, item_size_bytes, to);
+}
+#endif
+
+template <Way kWay>
+void transform_block(Transform transform, const std::uint8_t* items, const std::uint8_t* base, std::size_t count,
+                     std::size_t item_size_bytes, std::uint8_t* to) {
+#if defined(__x86_64__)
+  if (has_avx2()) return transform_avx2<kWay>(transform, items, base, count, item_size_bytes, to);
+#endif
+  transform_portable<kWay>(transform, items, base, count, item_size_bytes, to);
+}
+
+void split_strided(const std::uint8_t* items, std::size_t count, std::size_t item_size_bytes, std::uint8_t* planes,
+                   std::size_t stride) noexcept {
+  switch (item_size_bytes) {
+    case 1:
+      if (count > 0) std::memcpy(planes, items, count);
+      return;
+    case 2:
+      return split_portable<2>(items, has_avx2() ? split2(items, count, planes, stride) : 0, count, planes, stride);
+    case 4:
+      return split_portable<4>(items, has_avx2() ? split4(items, count, planes, stride) : 0, count, planes, stride);
+    case 8:
+      return split_portable<8>(items, 0, count, planes, stride);
+    default:
+      return split_portable<16>(items, 0, count, planes, stride);
+  }
+}
 
 }  // namespace
 
@@ -148,20 +293,40 @@ bool is_item_size(std::size_t item_size_bytes) noexcept {
   return item_size_bytes >= 1 && item_size_bytes <= kMaxItemBytes && (item_size_bytes & (item_size_bytes - 1)) == 0;
 }
 
+bool is_transform(unsigned number, std::size_t item_size_bytes) noexcept {
+  const bool in_words = item_size_bytes == 2 || item_size_bytes == 4 || item_size_bytes == 8;
+  return number <= 1 || (number <= 3 && in_words);
+}
+
 void split_planes(const std::uint8_t* items, std::size_t count, std::size_t item_size_bytes,
                   std::uint8_t* planes) noexcept {
-  switch (item_size_bytes) {
-    case 1:
-      if (count > 0) std::memcpy(planes, items, count);
-      return;
-    case 2:
-      return split_portable<2>(items, has_avx2() ? split2(items, count, planes) : 0, count, planes);
-    case 4:
-      return split_portable<4>(items, has_avx2() ? split4(items, count, planes) : 0, count, planes);
-    case 8:
-      return split_portable<8>(items, 0, count, planes);
-    default:
-      return split_portable<16>(items, 0, count, planes);
+  split_strided(items, count, item_size_bytes, planes, count);
+}
+
+void split_transformed(Transform transform, const std::uint8_t* items, const std::uint8_t* base, std::size_t count,
+                       std::size_t item_size_bytes, std::uint8_t* planes) noexcept {
+  if (transform == Transform::kNone) return split_planes(items, count, item_size_bytes, planes);
+  std::uint8_t block[kBlockItems * kMaxItemBytes];  // stays in the cache: memory is read and written once
+  for (std::size_t start = 0; start < count; start += kBlockItems) {
+    const std::size_t size = std::min(kBlockItems, count - start);
+    const std::size_t at = start * item_size_bytes;
+    const std::uint8_t* const base_block = base != nullptr ? base + at : nullptr;
+    transform_block<Way::kForward>(transform, items + at, base_block, size, item_size_bytes, block);
+    split_strided(block, size, item_size_bytes, planes + start, count);
+  }
+}
+
+void merge_transformed(Transform transform, const std::uint8_t* const* planes, const std::uint8_t* base,
+                       std::size_t count, std::size_t item_size_bytes, std::uint8_t* items) noexcept {
+  if (transform == Transform::kNone) return merge_planes(planes, count, item_size_bytes, items);
+  for (std::size_t start = 0; start < count; start += kBlockItems) {
+    const std::size_t size = std::min(kBlockItems, count - start);
+    const std::uint8_t* shifted[kMaxItemBytes];
+    for (std::size_t plane = 0; plane < item_size_bytes; ++plane) shifted[plane] = planes[plane] + start;
+    const std::size_t at = start * item_size_bytes;
+    merge_planes(shifted, size, item_size_bytes, items + at);
+    const std::uint8_t* const base_block = base != nullptr ? base + at : nullptr;
+    transform_block<Way::kBack>(transform, items + at, base_block, size, item_size_bytes, items + at);
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include <dlfcn.h>
 
+#include "literals.h"
 #include "planes.h"
 #include "segment_format.h"
 
@@ -33,7 +34,10 @@ constexpr int kCompressionLevel = 100;         // ZSTD_c_compressionLevel
 constexpr int kLiteralCompressionMode = 1002;  // ZSTD_c_literalCompressionMode
 constexpr int kLiteralsHuffman = 1;            // ZSTD_lcm_huffman: levels below zero would store literals as they are
 constexpr std::uint8_t kFrameMagic[4] = {0x28, 0xB5, 0x2F, 0xFD};  // neither skippable frames nor old formats
-constexpr std::size_t kProbePieces = 4;
+constexpr std::size_t kSampleItems = 4096;  // of a chunk, to estimate
+constexpr std::size_t kSamplePieces = 16;
+constexpr std::size_t kRepetitionBytes = 8 << 10;  // of a plane, in each of four places: repetitions need room
+constexpr std::size_t kRepetitionPieces = 4;
 
 template <typename Function>
 bool resolve(void* handle, const char* name, Function& function) {
@@ -87,7 +91,9 @@ struct PerThread {
   void* compressor = nullptr;
   void* decompressor = nullptr;
   int level = 0;
-  Scratch scratch;
+  Scratch planes;
+  Scratch frame;
+  Scratch other;
 
   ~PerThread() {
     if (compressor != nullptr) library().free_compressor(compressor);
@@ -123,6 +129,22 @@ std::size_t compress(const std::uint8_t* data, std::size_t size, int level, std:
   return library().is_error(written) ? 0 : written;
 }
 
+// Whether a sample of the plane gets smaller by matching than by coding its bytes one by one.
+bool has_repetitions(const std::uint8_t* plane, std::size_t size) {
+  constexpr int kQuickLevel = 1;
+  std::uint8_t* const frame = per_thread().other.at_least(kRepetitionBytes);
+  const std::size_t pieces = size > kRepetitionPieces * kRepetitionBytes ? kRepetitionPieces : 1;
+  const std::size_t piece = std::min(size, kRepetitionBytes);
+  std::size_t matched = 0, coded = 0;
+  for (std::size_t number = 0; number < pieces; ++number) {
+    const std::uint8_t* const from = plane + (pieces == 1 ? 0 : (size - piece) / (pieces - 1) * number);
+    const std::size_t found = compress(from, piece, kQuickLevel, frame, piece);
+    matched += found != 0 ? found : piece;
+    coded += literals_estimate(from, piece, 0);
+  }
+  return matched * 100 < coded * 99;
+}
+
 void decode_frame(const std::uint8_t* frame, std::size_t stored, std::size_t plane_size, std::uint8_t* out,
                   std::size_t number) {
   const std::string name = "zstd plane " + std::to_string(number);
@@ -149,52 +171,60 @@ bool zstd_available() noexcept { return library().complete; }
 
 unsigned zstd_version() noexcept { return zstd_available() ? library().version() : 0; }
 
-std::uint32_t probe_planes(const std::uint8_t* raw, std::size_t size_bytes, const EncodeParameters& parameters) {
+std::size_t estimate_planes(const std::uint8_t* raw, const std::uint8_t* base, std::size_t size_bytes,
+                            const EncodeParameters& parameters) {
   const std::size_t item = parameters.item_size_bytes;
   const std::size_t count = size_bytes / item;
-  const std::size_t sample = std::min(count, parameters.probe_size_bytes);
-  if (sample == 0 || !zstd_available()) return 0;
-  std::uint8_t* const gathered = per_thread().scratch.at_least(2 * sample);
-  const std::size_t pieces = sample < count ? kProbePieces : 1;
-  const std::size_t piece = sample / pieces;
-  if (piece == 0) return 0;
-  const std::size_t used = piece * pieces;
-  const std::size_t limit = used - used * parameters.minimum_gain_permille / 1000;
-  std::uint32_t worthwhile = 0;
-  for (std::size_t plane = 0; plane < item; ++plane) {
-    std::uint8_t* to = gathered;
-    for (std::size_t number = 0; number < pieces; ++number) {
-      // Evenly from the first item to the last.
-      const std::size_t start = pieces == 1 ? 0 : (count - piece) / (pieces - 1) * number;
-      const std::uint8_t* from = raw + start * item + plane;
-      for (std::size_t at = 0; at < piece; ++at) *to++ = from[at * item];
-    }
-    // The capacity is the question: a frame that does not fit does not pay.
-    if (compress(gathered, used, parameters.level, gathered + sample, limit) != 0) worthwhile |= 1U << plane;
+  if (count == 0) return 0;
+  const std::size_t pieces = count > kSampleItems ? kSamplePieces : 1;
+  const std::size_t piece = count > kSampleItems ? kSampleItems / kSamplePieces : count;
+  const std::size_t sampled = pieces * piece;
+  std::uint8_t* const gathered = per_thread().planes.at_least(3 * sampled * item);
+  std::uint8_t* const gathered_base = gathered + sampled * item;
+  std::uint8_t* const planes = gathered_base + sampled * item;
+  for (std::size_t number = 0; number < pieces; ++number) {
+    // Evenly from the first item to the last.
+    const std::size_t start = pieces == 1 ? 0 : (count - piece) / (pieces - 1) * number;
+    std::memcpy(gathered + number * piece * item, raw + start * item, piece * item);
+    if (base != nullptr) std::memcpy(gathered_base + number * piece * item, base + start * item, piece * item);
   }
-  return worthwhile;
+  split_transformed(parameters.transform, gathered, base != nullptr ? gathered_base : nullptr, sampled, item, planes);
+  std::size_t estimate = 0;
+  for (std::size_t plane = 0; plane < item; ++plane) {
+    estimate += literals_estimate(planes + plane * sampled, sampled, parameters.minimum_gain_permille);
+  }
+  return static_cast<std::size_t>(static_cast<double>(estimate) * static_cast<double>(count) /
+                                  static_cast<double>(sampled));
 }
 
-std::vector<PlaneEntry> encode_planes(const std::uint8_t* raw, std::size_t size_bytes,
-                                      const EncodeParameters& parameters, std::uint32_t worthwhile,
-                                      std::uint8_t* out) {
+std::vector<PlaneEntry> encode_planes(const std::uint8_t* raw, const std::uint8_t* base, std::size_t size_bytes,
+                                      const EncodeParameters& parameters, std::uint8_t* out) {
   const std::size_t item = parameters.item_size_bytes;
   const std::size_t count = size_bytes / item;
   std::vector<PlaneEntry> entries;
-  if (count == 0 || worthwhile == 0) return entries;
-  std::uint8_t* const frame = per_thread().scratch.at_least(count);
+  if (count == 0) return entries;
   // Planes are split into their final buffer; what shrinks makes those behind it move up.
   const std::uint8_t* planes = raw;
-  if (item > 1) {
-    split_planes(raw, count, item, out);
+  if (item > 1 || parameters.transform != Transform::kNone) {
+    split_transformed(parameters.transform, raw, base, count, item, out);
     planes = out;
   }
+  const bool quickly = parameters.level == 0;
   std::uint8_t* to = out;
   bool shrank = false;
   for (std::size_t plane = 0; plane < item; ++plane) {
-    const std::uint8_t* from = planes + plane * count;
-    const bool tried = (worthwhile >> plane & 1U) != 0;
-    const std::size_t stored = tried ? compress(from, count, parameters.level, frame, count - 1) : 0;
+    const std::uint8_t* const from = planes + plane * count;
+    std::uint8_t* const coded = per_thread().frame.at_least(literals_bound(count));
+    const std::uint8_t* frame = coded;
+    std::size_t stored = compress_literals(from, count, parameters.minimum_gain_permille, quickly, coded);
+    if (!quickly && zstd_available() && has_repetitions(from, count)) {
+      std::uint8_t* const other = per_thread().other.at_least(count);
+      const std::size_t found = compress(from, count, parameters.level, other, (stored != 0 ? stored : count) - 1);
+      if (found != 0) {
+        frame = other;
+        stored = found;
+      }
+    }
     if (stored != 0) {
       std::memcpy(to, frame, stored);
       entries.push_back({kPlaneZstd, stored});
@@ -210,7 +240,7 @@ std::vector<PlaneEntry> encode_planes(const std::uint8_t* raw, std::size_t size_
 }
 
 void decode_planes(const std::uint8_t* payload, std::size_t payload_size_bytes, const std::vector<PlaneEntry>& planes,
-                   std::size_t raw_size_bytes, std::uint8_t* out) {
+                   Transform transform, const std::uint8_t* base, std::size_t raw_size_bytes, std::uint8_t* out) {
   const std::size_t item = planes.size();
   if (!is_item_size(item) || raw_size_bytes % item != 0 || raw_size_bytes > kMaxChunkBytes) {
     throw BadPayload(std::to_string(raw_size_bytes) + " bytes cannot have " + std::to_string(item) + " planes");
@@ -231,21 +261,22 @@ void decode_planes(const std::uint8_t* payload, std::size_t payload_size_bytes, 
   if (rest != 0) throw BadPayload("planes are shorter than their payload");
   if (frames > 0 && !zstd_available()) throw std::runtime_error("libzstd.so.1 is not available");
 
-  std::uint8_t* decoded = frames > 0 && item > 1 ? per_thread().scratch.at_least(frames * count) : nullptr;
+  const bool in_place = item == 1 && transform == Transform::kNone;
+  std::uint8_t* decoded = frames > 0 && !in_place ? per_thread().planes.at_least(frames * count) : nullptr;
   const std::uint8_t* sources[kMaxItemBytes];
   const std::uint8_t* from = payload;
   for (std::size_t number = 0; number < item; ++number) {
     const PlaneEntry& entry = planes[number];
     sources[number] = from;
     if (entry.method == kPlaneZstd) {
-      std::uint8_t* const target = item == 1 ? out : decoded;
+      std::uint8_t* const target = in_place ? out : decoded;
       decode_frame(from, entry.stored_size_bytes, count, target, number);
       sources[number] = target;
-      decoded += item == 1 ? 0 : count;
+      decoded += in_place ? 0 : count;
     }
     from += entry.stored_size_bytes;
   }
-  if (sources[0] != out) merge_planes(sources, count, item, out);
+  if (sources[0] != out) merge_transformed(transform, sources, base, count, item, out);
 }
 
 }  // namespace ciuic

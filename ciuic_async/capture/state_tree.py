@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ciuic_async.capture import values
-from ciuic_async.capture.tensors import Source, TensorCollector, apply_view, check_view
+from ciuic_async.capture.tensors import Sources, TensorCollector, apply_view, check_view
 from ciuic_async.capture.values import NOT_PLAIN, malformed
 from ciuic_async.errors import UsageError
 from ciuic_async.format import jsontext
@@ -44,7 +44,15 @@ class Captured:
     """A plan and the live memory it speaks of. ``sources`` are in address order."""
 
     plan: CapturePlan
-    sources: tuple[Source, ...]
+    sources: Sources
+
+    def without(self, regions: Collection[int]) -> Captured:
+        """The same, less the copies of some regions (by number)."""
+        starts = np.array([self.plan.regions[number].address for number in sorted(regions)], dtype=np.int64)
+        ends = starts + [self.plan.regions[number].size_bytes for number in sorted(regions)]
+        inside = np.searchsorted(starts, self.sources.addresses, side="right") - 1
+        left_out = (inside >= 0) & (self.sources.addresses < ends[inside])
+        return Captured(self.plan, self.sources.select(~left_out))
 
 
 def flatten(
@@ -65,7 +73,11 @@ def flatten(
     Raises:
         UsageError: a value of another type, a cycle, or too deep; names the path and the type. Nothing was changed.
     """
-    collector = TensorCollector(trainable)
+    return flatten_into(TensorCollector(trainable), state, chunk_size_bytes, rng)
+
+
+def flatten_into(collector: TensorCollector, state: object, chunk_size_bytes: int, rng: object) -> Captured:
+    """``flatten`` with a collector of the caller, which is empty before, and knows afterwards what was found."""
     flattener = _Flattener(collector)
     trees = []
     if type(state) is dict:
@@ -79,7 +91,7 @@ def flatten(
     if rng is not None:
         trees.append(Tree(SECTION_RNG, None, flattener.node(rng, ("rng",))))
     tensors, regions, packs, sources = collector.plan(chunk_size_bytes)
-    return Captured(CapturePlan(top, tuple(trees), tensors, regions, packs, chunk_size_bytes), tuple(sources))
+    return Captured(CapturePlan(top, tuple(trees), tensors, regions, packs, chunk_size_bytes), sources)
 
 
 def encode_plain(value: object, what: str) -> Node:
@@ -89,6 +101,19 @@ def encode_plain(value: object, what: str) -> Node:
     if collector.plan(1 << 16)[0]:
         raise UsageError(f"{what}: expected a small plain value, found tensors or more than 64 KiB", where=what)
     return node
+
+
+def flatten_plain(value: object, depth: int) -> tuple[Node, int] | None:
+    """Node and weight of a value inside ``depth`` containers; None if it holds tensors, arrays or what is spilled."""
+    collector = TensorCollector()
+    flattener = _Flattener(collector, depth)
+    node = flattener.node(value, ())
+    return None if collector.groups else (node, flattener.size)
+
+
+def weight(node: Node) -> int:
+    """What a plain value that holds no others counts towards ``SPILL_BYTES``."""
+    return len(node) + 3 if type(node) is str else 24
 
 
 def decode_plain(node: Node) -> Any:
@@ -112,12 +137,17 @@ def _step(key: object) -> str | int:
 
 
 class _Flattener:
-    """Recursion over containers. ``_size`` tracks the JSON of what was produced, to spill what is large."""
+    """Recursion over containers. ``size`` tracks the JSON of what was produced, to spill what is large.
 
-    def __init__(self, collector: TensorCollector) -> None:
+    Args:
+        depth: of containers around what will be flattened.
+    """
+
+    def __init__(self, collector: TensorCollector, depth: int = 0) -> None:
         self._collector = collector
-        self._open: set[int] = set()  # containers we are inside of, by id: a cycle meets one again
-        self._size = 0
+        # Containers we are inside of, by id: a cycle meets one again. No id is negative.
+        self._open: set[int] = set(range(-depth, 0))
+        self.size = 0
         self._references = 0
 
     def key(self, key: object, path: Path) -> Node:
@@ -131,13 +161,13 @@ class _Flattener:
         kind = type(value)
         if isinstance(value, torch.Tensor):
             self._references += 1
-            self._size += 100
+            self.size += 100
             return self._collector.add(value, path)
-        if kind in _SPILLED_SCALARS and len(value) > SPILL_BYTES:  # type: ignore[arg-type]
+        if is_long(value):
             return self._spilled_scalar(value, path)
         scalar = values.encode_scalar(value)
         if scalar is not NOT_PLAIN:
-            self._size += len(scalar) + 3 if type(scalar) is str else 24
+            self.size += weight(scalar)
             return scalar
         if kind is np.ndarray:
             return self._array(value, path)  # type: ignore[arg-type]
@@ -150,15 +180,15 @@ class _Flattener:
             raise UsageError(
                 f"{dotted(path)[:200]}: nested deeper than {MAX_DEPTH}", kind="too_deep", where=dotted(path)[:200]
             )
-        size, references = self._size, self._references
+        size, references = self.size, self._references
         self._open.add(id(value))
         try:
             node = self._container_node(value, path)
         finally:
             self._open.discard(id(value))
-        if self._references == references and self._size - size > SPILL_BYTES:
+        if self._references == references and self.size - size > SPILL_BYTES:
             data = memoryview(jsontext.encode(node))
-            self._size = size
+            self.size = size
             return {"json": self._spill(data, path)}
         return node
 
@@ -209,29 +239,19 @@ class _Flattener:
         return [self.node(item, (*path, number)) for number, item in enumerate(value)]
 
     def _array(self, array: np.ndarray[Any, Any], path: Path) -> Node:
-        dtype = array.dtype
-        if dtype.hasobject or dtype.names is not None or dtype.metadata:
-            raise self._unsupported(array, path, f" of dtype {dtype}")
-        fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-        flat = (array.T if fortran else np.ascontiguousarray(array)).reshape(-1)
-        data = (flat.view(np.uint8) if flat.size and dtype.itemsize else np.empty(0, np.uint8)).data
+        found = array_bytes(array)
+        if found is None:
+            raise self._unsupported(array, path, f" of dtype {array.dtype}")
         self._references += 1
-        self._size += 100
-        return {
-            "numpy.array": self._collector.add_host_bytes(data, path),
-            "dtype": dtype.str,
-            "shape": list(array.shape),
-            "order": "F" if fortran else "C",
-        }
+        self.size += 100
+        return found[0] | {"numpy.array": self._collector.add_host_bytes(found[1], path)}
 
     def _spilled_scalar(self, value: Any, path: Path) -> Node:
-        data = value.encode("utf-8", "surrogatepass") if type(value) is str else value
-        # A bytearray may change after we return: staging copies later than this line, but before save() returns.
-        return {type(value).__name__: self._spill(memoryview(data), path)}
+        return {type(value).__name__: self._spill(long_bytes(value), path)}
 
     def _spill(self, data: memoryview, path: Path) -> int:
         self._references += 1
-        self._size += 24
+        self.size += 24
         return self._collector.add_host_bytes(data, path)
 
     @staticmethod
@@ -251,6 +271,30 @@ class _Flattener:
 
 
 _SPILLED_SCALARS = (str, bytes, bytearray)
+
+
+def is_long(value: object) -> bool:
+    """Whether a value is stored outside the manifest for its length."""
+    return type(value) in _SPILLED_SCALARS and len(value) > SPILL_BYTES  # type: ignore[arg-type]
+
+
+def long_bytes(value: str | bytes | bytearray) -> memoryview:
+    """The bytes of a long value.
+
+    A bytearray may change after this returns: staging copies later than this line, but before ``save()`` returns.
+    """
+    return memoryview(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
+
+
+def array_bytes(array: np.ndarray[Any, Any]) -> tuple[dict[str, Node], memoryview] | None:
+    """What the node of an array says beside where its bytes are, and those bytes; None if it cannot be stored."""
+    dtype = array.dtype
+    if dtype.hasobject or dtype.names is not None or dtype.metadata:
+        return None
+    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+    flat = (array.T if fortran else np.ascontiguousarray(array)).reshape(-1)
+    data = (flat.view(np.uint8) if flat.size and dtype.itemsize else np.empty(0, np.uint8)).data
+    return {"dtype": dtype.str, "shape": list(array.shape), "order": "F" if fortran else "C"}, data
 
 
 # --- the way back -----------------------------------------------------------------------------------------------------

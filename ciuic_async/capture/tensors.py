@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, overload
 
+import numpy as np
 import torch
 
 from ciuic_async.errors import UsageError
@@ -36,6 +39,8 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 _ALLOWED_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 View = tuple[str, tuple[int, ...], tuple[int, ...], int]  # dtype, shape, stride, offset in bytes from the storage
+Owner = torch.UntypedStorage | memoryview
+"""What live bytes belong to, and what keeps them alive: a tensor's storage, or host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,71 @@ class Source:
     flat: torch.Tensor | memoryview | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sources(Sequence[Source]):
+    """All copies of a plan in address order, as columns: a state of 20,000 tensors would be as many views otherwise.
+
+    Row ``n`` are ``sizes_bytes[n]`` bytes for ``addresses[n]`` of the plan, at ``pointers[n]``, which is ``lows[n]``
+    bytes into its owner. Rows whose owner is None are zeros. ``owners`` keeps all of it alive.
+
+    Attributes:
+        groups: the stored tensor that a row belongs to, or -1.
+        owner_numbers: the owner of each row, by its place in ``owners``.
+        device_rows: rows whose pointer is no address of host memory.
+    """
+
+    addresses: np.ndarray[Any, np.dtype[np.int64]]
+    sizes_bytes: np.ndarray[Any, np.dtype[np.int64]]
+    lows: np.ndarray[Any, np.dtype[np.int64]]
+    groups: np.ndarray[Any, np.dtype[np.int64]]
+    pointers: np.ndarray[Any, np.dtype[np.int64]]
+    owner_numbers: np.ndarray[Any, np.dtype[np.int64]]
+    owners: Sequence[Owner | None]
+    device_rows: np.ndarray[Any, np.dtype[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    @overload
+    def __getitem__(self, row: int) -> Source: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Source]: ...
+    def __getitem__(self, row: int | slice) -> Source | list[Source]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(len(self))[row]]
+        low, size, owner = int(self.lows[row]), int(self.sizes_bytes[row]), self.owners[self.owner_numbers[row]]
+        flat = flat_bytes(owner, low, low + size) if isinstance(owner, torch.UntypedStorage) else owner
+        return Source(int(self.addresses[row]), size, flat)
+
+    def select(self, rows: np.ndarray[Any, Any]) -> Sources:
+        """Some of the rows: a mask, or numbers that rise."""
+        numbers = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        return Sources(
+            self.addresses[numbers],
+            self.sizes_bytes[numbers],
+            self.lows[numbers],
+            self.groups[numbers],
+            self.pointers[numbers],
+            self.owner_numbers[numbers],
+            self.owners,
+            np.flatnonzero(np.isin(numbers, self.device_rows)),
+        )
+
+    def storage_addresses(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Where the storage begins that a row belongs to; 0 for rows that are no tensor's."""
+        begins = [owner.data_ptr() if isinstance(owner, torch.UntypedStorage) else 0 for owner in self.owners]
+        return np.take(np.array(begins, dtype=np.int64), self.owner_numbers)
+
+
 @dataclass(slots=True)
 class _Leaf:
     node: dict[str, Node]
     tensor: torch.Tensor
+    storage: torch.UntypedStorage
     view: View
     low: int
     high: int
+    contiguous: bool
 
 
 @dataclass(slots=True)
@@ -68,11 +131,14 @@ class _Group:
     device: str
     leaves: list[_Leaf] = field(default_factory=list)
     host: memoryview | None = None
+    frozen: bool = False
+    gathered: bool = False
+    """Its elements lie apart: what is stored is a copy of them."""
 
 
 @dataclass(slots=True)
 class _Stored:
-    """A stored tensor with the pieces of live memory it is made of: (offset, flat)."""
+    """A stored tensor with the pieces of live memory it is made of."""
 
     path: Path
     dtype: str
@@ -80,7 +146,8 @@ class _Stored:
     device: str
     size_bytes: int
     requires_grad: bool
-    pieces: list[tuple[int, torch.Tensor | memoryview]]
+    pieces: list[tuple[int, Owner, int, int]]
+    """Offset in the stored tensor; owner; where the piece lies in it, from byte to byte."""
 
 
 class TensorCollector:
@@ -89,12 +156,16 @@ class TensorCollector:
     Args:
         trainable: addresses of storages whose parameters are being trained; small tensors are packed by this, so that
             one trained bias does not re-store its frozen neighbours (a state_dict's tensors do not say it themselves).
+        frozen: patterns of paths (``model.trunk.*``): what only they lead to does not change, by the user's word.
     """
 
-    def __init__(self, trainable: frozenset[int] = frozenset()) -> None:
+    def __init__(self, trainable: frozenset[int] = frozenset(), frozen: Sequence[str] = ()) -> None:
         self._trainable = trainable
-        self._groups: list[_Group] = []
+        self._frozen = tuple(frozen)
+        self.groups: list[_Group] = []
+        """What will be stored, by index."""
         self._by_storage: dict[tuple[str, int], int] = {}
+        self._device_names: dict[torch.device, str] = {}
 
     def add(self, tensor: torch.Tensor, path: Path) -> dict[str, Node]:
         """The node of a leaf. Its view is filled in by ``plan``, when all leaves on its storage are known.
@@ -102,65 +173,86 @@ class TensorCollector:
         Raises:
             UsageError: kind ``unsupported_tensor``: sparse, quantized, meta, a subclass, an unknown dtype.
         """
-        refusal = _refusal(tensor)
-        if refusal:
+        refusal = None if _is_ordinary(tensor) else _refusal(tensor)
+        if refusal is None:
+            plain = tensor
+            if plain.is_conj() or plain.is_neg():
+                plain = plain.detach().resolve_conj().resolve_neg()
+            if plain.device.type not in ("cpu", "cuda"):
+                plain = plain.detach().cpu()
+            item_size = plain.element_size()
+            low = int(plain.storage_offset()) * item_size
+            contiguous = plain.is_contiguous()
+            high = low + (plain.numel() * item_size if contiguous else _extent_bytes(plain))
+            storage = plain.untyped_storage()
+            if high > low and storage.nbytes() < high:
+                refusal = "its storage was freed or shrunk (untyped_storage().resize_)"
+        if refusal is not None:
             raise UsageError(
                 f"{dotted(path)}: a tensor that cannot be stored: {refusal}; convert it or leave it out of the state",
                 kind="unsupported_tensor",
                 where=dotted(path),
             )
         node: dict[str, Node] = {}
-        if isinstance(tensor, torch.nn.Parameter):
+        requires_grad = tensor.requires_grad
+        if type(tensor) is torch.nn.Parameter:
             node["parameter"] = True
-        if tensor.requires_grad:
+        if requires_grad:
             node["requires_grad"] = True
-        plain = tensor.detach()
-        if plain.is_conj() or plain.is_neg():
-            plain = plain.resolve_conj().resolve_neg()
-        if plain.device.type not in ("cpu", "cuda"):
-            plain = plain.cpu()
-        storage = plain.untyped_storage()
-        address = storage.data_ptr() if plain.numel() else 0
-        device = str(tensor.device)
+        address = storage.data_ptr() if high > low else 0
+        device = self._device_name(tensor.device)
         number = self._by_storage.get((device, address)) if address else None
         if number is None:
-            number = len(self._groups)
-            self._groups.append(_Group(path, tensor.requires_grad or address in self._trainable, device))
+            number = len(self.groups)
+            trained = requires_grad or address in self._trainable
+            self.groups.append(_Group(path, trained, device, frozen=self._is_frozen(path)))
             if address:
                 self._by_storage[device, address] = number
+        elif self.groups[number].frozen:
+            self.groups[number].frozen = self._is_frozen(path)
         node["tensor"] = number
-        low = int(plain.storage_offset()) * plain.element_size()
-        view = (DTYPE_NAMES[plain.dtype], tuple(plain.shape), tuple(plain.stride()), low)
-        self._groups[number].leaves.append(_Leaf(node, plain, view, low, low + _extent_bytes(plain)))
+        view = (DTYPE_NAMES[plain.dtype], tuple(plain.shape), plain.stride(), low)
+        self.groups[number].leaves.append(_Leaf(node, plain, storage, view, low, high, contiguous))
         return node
+
+    def _is_frozen(self, path: Path) -> bool:
+        return bool(self._frozen) and any(fnmatchcase(dotted(path), pattern) for pattern in self._frozen)
+
+    def _device_name(self, device: torch.device) -> str:
+        name = self._device_names.get(device)
+        if name is None:
+            name = self._device_names[device] = str(device)
+        return name
 
     def add_host_bytes(self, data: memoryview, path: Path) -> int:
         """A stored 1-D uint8 tensor of host memory (numpy arrays, long strings); its index."""
-        self._groups.append(_Group(path, False, "cpu", host=data))
-        return len(self._groups) - 1
+        self.groups.append(_Group(path, False, "cpu", host=data, frozen=self._is_frozen(path)))
+        return len(self.groups) - 1
 
-    def plan(self, chunk_size_bytes: int) -> tuple[tuple[PlannedTensor, ...], tuple[Region, ...], int, list[Source]]:
+    def plan(self, chunk_size_bytes: int) -> tuple[tuple[PlannedTensor, ...], tuple[Region, ...], int, Sources]:
         """Decide what is stored where.
 
         Returns:
             Tensors in order of their index, regions (packs first), the number of packs, and the copies to make.
         """
-        stored = [_store(group) for group in self._groups]
-        packs = _packs(stored, chunk_size_bytes)
+        stored = [_store(group) for group in self.groups]
+        frozen = [group.frozen for group in self.groups]
+        packs = _packs(stored, frozen, chunk_size_bytes)
         regions: list[Region] = []
-        sources: list[Source] = []
+        rows = _Rows()
         places: dict[int, tuple[int, int | None]] = {}
         address = 0
         for members, size, item_size in packs:
             base = address
             position = 0
             for number, offset in members:
-                _zeros(sources, base + position, offset - position)
-                _pieces(sources, base + offset, stored[number])
+                rows.zeros(base + position, offset - position)
+                rows.stored(base + offset, number, stored[number])
                 places[number] = (len(regions), offset)
                 position = offset + stored[number].size_bytes
-            _zeros(sources, base + position, size - position)
-            regions.append(Region(base, size, item_size, stored[members[0][0]].path))
+            rows.zeros(base + position, size - position)
+            first = members[0][0]
+            regions.append(Region(base, size, item_size, stored[first].path, frozen[first]))
             address = align_up(base + size, REGION_ALIGNMENT_BYTES)
         for number, tensor in enumerate(stored):
             if number in places:
@@ -168,19 +260,32 @@ class TensorCollector:
             if not tensor.size_bytes:
                 places[number] = (-1, None)
                 continue
-            _pieces(sources, address, tensor)
+            rows.stored(address, number, tensor)
             places[number] = (len(regions), None)
-            regions.append(Region(address, tensor.size_bytes, ITEM_SIZE_BYTES[tensor.dtype], tensor.path))
+            item_size = ITEM_SIZE_BYTES[tensor.dtype]
+            regions.append(Region(address, tensor.size_bytes, item_size, tensor.path, frozen[number]))
             address = align_up(address + tensor.size_bytes, REGION_ALIGNMENT_BYTES)
         tensors = tuple(
             PlannedTensor(tensor.path, tensor.dtype, tensor.shape, tensor.device, *places[number])
             for number, tensor in enumerate(stored)
         )
-        return tensors, tuple(regions), len(packs), sources
+        return tensors, tuple(regions), len(packs), rows.sources()
 
 
-def _refusal(tensor: torch.Tensor) -> str | None:
-    """Why a tensor cannot be stored, or None."""
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether nothing but its storage can keep a tensor from being stored: the quick way to say so."""
+    return (
+        type(tensor) in _ALLOWED_TYPES
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.dtype in DTYPE_NAMES
+        and not tensor.is_meta
+        and tensor.dim() <= MAX_DIMENSIONS
+    )
+
+
+def _refusal(tensor: torch.Tensor) -> str:
+    """Why a tensor that is not ordinary cannot be stored."""
     if type(tensor) not in _ALLOWED_TYPES:
         return f"type {type(tensor).__module__}.{type(tensor).__qualname__} is not torch.Tensor or nn.Parameter"
     if tensor.layout != torch.strided:
@@ -193,12 +298,7 @@ def _refusal(tensor: torch.Tensor) -> str | None:
         return "it is on the meta device and has no data"
     if tensor.dtype not in DTYPE_NAMES:
         return f"dtype {tensor.dtype}"
-    needed = int(tensor.storage_offset()) * tensor.element_size() + _extent_bytes(tensor)
-    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
-        return "its storage was freed or shrunk (untyped_storage().resize_)"
-    if tensor.dim() > MAX_DIMENSIONS:
-        return f"{tensor.dim()} dimensions, at most {MAX_DIMENSIONS}"
-    return None
+    return f"{tensor.dim()} dimensions, at most {MAX_DIMENSIONS}"
 
 
 def _extent_bytes(tensor: torch.Tensor) -> int:
@@ -209,19 +309,18 @@ def _extent_bytes(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def flat_bytes(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """Bytes ``low..high`` of a tensor's storage as a 1-D uint8 tensor that shares its memory."""
-    with torch.no_grad():
-        flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        return flat.set_(tensor.untyped_storage(), low, (high - low,), (1,))
+def flat_bytes(storage: torch.UntypedStorage, low: int, high: int) -> torch.Tensor:
+    """Bytes ``low..high`` of a storage as a 1-D uint8 tensor that shares its memory."""
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return flat.set_(storage, low, (high - low,), (1,))
 
 
 def _store(group: _Group) -> _Stored:
     if group.host is not None:
         size = len(group.host)
-        pieces: list[tuple[int, torch.Tensor | memoryview]] = [(0, group.host)] if size else []
+        pieces: list[tuple[int, Owner, int, int]] = [(0, group.host, 0, size)] if size else []
         return _Stored(group.path, "uint8", (size,), group.device, size, group.requires_grad, pieces)
-    if len({leaf.view for leaf in group.leaves}) == 1:
+    if len(group.leaves) == 1 or len({leaf.view for leaf in group.leaves}) == 1:
         return _store_single(group)
     return _store_shared(group)
 
@@ -229,22 +328,34 @@ def _store(group: _Group) -> _Stored:
 def _store_single(group: _Group) -> _Stored:
     """One view of a storage, seen once or several times."""
     first = group.leaves[0]
-    tensor = first.tensor
+    tensor, storage = first.tensor, _widest(group)
     dtype, shape, stride, _ = first.view
-    dense_bytes = tensor.numel() * tensor.element_size()
+    dense_bytes = volume(shape) * ITEM_SIZE_BYTES[dtype]
     extent = first.high - first.low
-    if not dense_bytes or tensor.is_contiguous():
-        flat = [] if not dense_bytes else [(0, flat_bytes(tensor, first.low, first.high))]
-        return _Stored(group.path, dtype, shape, group.device, dense_bytes, group.requires_grad, list(flat))
+    if not dense_bytes or first.contiguous:
+        pieces: list[tuple[int, Owner, int, int]] = [(0, storage, first.low, first.high)] if dense_bytes else []
+        return _Stored(group.path, dtype, shape, group.device, dense_bytes, group.requires_grad, pieces)
     if extent <= dense_bytes:  # permuted or expanded: keep the memory order and the strides
         for leaf in group.leaves:
             leaf.node["view"] = _view_json(dtype, shape, stride, 0)
-        pieces = [(0, flat_bytes(tensor, first.low, first.high))]
-        elements = extent // tensor.element_size()
-        return _Stored(group.path, dtype, (elements,), group.device, extent, group.requires_grad, list(pieces))
-    packed = tensor.contiguous()  # gaps belong to nobody here: store the elements alone, in row-major order
-    pieces = [(0, flat_bytes(packed, 0, dense_bytes))]
-    return _Stored(group.path, dtype, shape, group.device, dense_bytes, group.requires_grad, list(pieces))
+        elements = extent // ITEM_SIZE_BYTES[dtype]
+        pieces = [(0, storage, first.low, first.high)]
+        return _Stored(group.path, dtype, (elements,), group.device, extent, group.requires_grad, pieces)
+    group.gathered = True  # gaps belong to nobody here: store the elements alone, in row-major order
+    pieces = [(0, gather(tensor), 0, dense_bytes)]
+    return _Stored(group.path, dtype, shape, group.device, dense_bytes, group.requires_grad, pieces)
+
+
+def gather(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """The elements of a tensor alone, in row-major order."""
+    return tensor.detach().contiguous().untyped_storage()
+
+
+def _widest(group: _Group) -> torch.UntypedStorage:
+    """Storages are told apart by where they begin: numpy makes several of different length over one array."""
+    if len(group.leaves) == 1:
+        return group.leaves[0].storage
+    return max((leaf.storage for leaf in group.leaves), key=torch.UntypedStorage.nbytes)
 
 
 def _store_shared(group: _Group) -> _Stored:
@@ -256,13 +367,12 @@ def _store_shared(group: _Group) -> _Stored:
         else:
             runs.append([low, high])
     position = 0
-    # Storages are told apart by where they begin: numpy makes several of different length over one array.
-    widest = max((leaf.tensor for leaf in group.leaves), key=lambda tensor: tensor.untyped_storage().nbytes())
-    pieces: list[tuple[int, torch.Tensor | memoryview]] = []
+    storage = _widest(group)
+    pieces: list[tuple[int, Owner, int, int]] = []
     shifts: list[tuple[int, int, int]] = []  # low, high, where low went
     for low, high in runs:
         position = align_up(position, 16) + low % 16 if position or low % 16 else 0
-        pieces.append((position, flat_bytes(widest, low, high)))
+        pieces.append((position, storage, low, high))
         shifts.append((low, high, position))
         position += high - low
     names = {leaf.view[0] for leaf in group.leaves}
@@ -281,16 +391,18 @@ def _view_json(dtype: str, shape: Sequence[int], stride: Sequence[int], offset_e
     return {"dtype": dtype, "shape": list(shape), "stride": list(stride), "offset_elements": offset_elements}
 
 
-def _packs(stored: Iterable[_Stored], chunk_size_bytes: int) -> list[tuple[list[tuple[int, int]], int, int]]:
+def _packs(
+    stored: Iterable[_Stored], frozen: Sequence[bool], chunk_size_bytes: int
+) -> list[tuple[list[tuple[int, int]], int, int]]:
     """Small tensors grouped into packs: (members as (index, offset), size, item size), in order of first member."""
     packs: list[tuple[list[tuple[int, int]], int, int]] = []
-    open_packs: dict[tuple[str | int | None, int, bool], int] = {}
+    open_packs: dict[tuple[str | int | None, int, bool, bool], int] = {}
     for number, tensor in enumerate(stored):
         if not 0 < tensor.size_bytes < PACK_LIMIT_BYTES:
             continue
         item_size = ITEM_SIZE_BYTES[tensor.dtype]
         # A tensor that is itself a top-level item shares packs with its like: a bare state_dict is one name, not many.
-        key = (tensor.path[0] if len(tensor.path) > 1 else None, item_size, tensor.requires_grad)
+        key = (tensor.path[0] if len(tensor.path) > 1 else None, item_size, tensor.requires_grad, frozen[number])
         current = open_packs.get(key)
         if current is not None:
             members, size, _ = packs[current]
@@ -304,19 +416,46 @@ def _packs(stored: Iterable[_Stored], chunk_size_bytes: int) -> list[tuple[list[
     return packs
 
 
-def _pieces(sources: list[Source], address: int, tensor: _Stored) -> None:
-    position = 0
-    for offset, flat in tensor.pieces:
-        _zeros(sources, address + position, offset - position)
-        size = len(flat) if isinstance(flat, memoryview) else flat.numel()
-        sources.append(Source(address + offset, size, flat))
-        position = offset + size
-    _zeros(sources, address + position, tensor.size_bytes - position)
+class _Rows:
+    """Gathers ``Sources``, in address order."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, int, int, int, int]] = []  # address, size, low, group, pointer
+        self._owners: list[Owner | None] = []
+        self._device_rows: list[int] = []
+
+    def stored(self, address: int, group: int, tensor: _Stored) -> None:
+        """All of a stored tensor, gaps between its pieces included."""
+        position = 0
+        for offset, owner, low, high in tensor.pieces:
+            self.zeros(address + position, offset - position)
+            if isinstance(owner, torch.UntypedStorage):
+                pointer = owner.data_ptr() + low
+                if owner.device.type != "cpu":
+                    self._device_rows.append(len(self._rows))
+            else:
+                pointer = host_address(owner) + low
+            self._rows.append((address + offset, high - low, low, group, pointer))
+            self._owners.append(owner)
+            position = offset + high - low
+        self.zeros(address + position, tensor.size_bytes - position)
+
+    def zeros(self, address: int, size_bytes: int) -> None:
+        if size_bytes:
+            self._rows.append((address, size_bytes, 0, -1, 0))
+            self._owners.append(None)
+
+    def sources(self) -> Sources:
+        rows = np.array(self._rows, dtype=np.int64).reshape(len(self._rows), 5)
+        addresses, sizes, lows, groups, pointers = np.ascontiguousarray(rows.T)
+        device_rows = np.array(self._device_rows, dtype=np.int64)
+        numbers = np.arange(len(self._owners), dtype=np.int64)
+        return Sources(addresses, sizes, lows, groups, pointers, numbers, self._owners, device_rows)
 
 
-def _zeros(sources: list[Source], address: int, size_bytes: int) -> None:
-    if size_bytes:
-        sources.append(Source(address, size_bytes, None))
+def host_address(memory: memoryview) -> int:
+    """Where host memory begins."""
+    return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
 
 
 # --- the way back -----------------------------------------------------------------------------------------------------

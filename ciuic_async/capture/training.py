@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,35 @@ def capture_objects(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trainable_storages(state: Mapping[str, Any]) -> frozenset[int]:
-    """Addresses of the storages of parameters that require gradients: a state_dict no longer tells."""
+    """Addresses of the storages of parameters that require gradients: a state_dict no longer tells.
+
+    Written for 20,000 parameters: ``module.parameters()`` would take longer than all else here.
+    """
+    modules = (module for value in state.values() if isinstance(value, torch.nn.Module) for module in value.modules())
+    parameters = chain.from_iterable(module._parameters.values() for module in modules)
+    trained = [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+    usable = [
+        parameter
+        for parameter in trained
+        if (parameter.layout is torch.strided if type(parameter) in _ORDINARY else not unmaterialized(parameter))
+    ]
+    return frozenset(map(torch.UntypedStorage.data_ptr, map(torch.Tensor.untyped_storage, usable)))
+
+
+_ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def storages_of_others(state: Mapping[str, Any], tensors: Collection[int]) -> frozenset[int]:
+    """Addresses of storages that hold parameters or buffers of modules other than ``tensors`` (by ``id``).
+
+    Forward may change a buffer without any trace: what shares memory with one must not be copied later.
+    """
     return frozenset(
-        parameter.untyped_storage().data_ptr()
+        tensor.untyped_storage().data_ptr()
         for value in state.values()
         if isinstance(value, torch.nn.Module)
-        for parameter in value.parameters()
-        if parameter.requires_grad and not unmaterialized(parameter)
+        for tensor in (*value.parameters(), *value.buffers())
+        if id(tensor) not in tensors and not unmaterialized(tensor)
     )
 
 
@@ -120,7 +143,8 @@ def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
 
 def match_names(saved: list[str], live: list[str]) -> dict[str, str]:
     """Pair saved names with live ones, across ``_orig_mod.`` and ``module.`` wrappers. Unpaired names are left out."""
-    exact = {name: name for name in saved if name in set(live)}
+    here = set(live)
+    exact = {name: name for name in saved if name in here}
     by_plain: dict[str, list[str]] = {}
     for name in live:
         if name not in exact:

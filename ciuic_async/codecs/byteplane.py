@@ -23,11 +23,11 @@ def merge_planes(planes: list[Buffer], out: memoryview) -> None:
         items[:, number] = np.frombuffer(plane, dtype=np.uint8)
 
 
-def sample(raw: Buffer, item_size_bytes: int, plane: int, size_bytes: int) -> bytes:
-    """At most ``size_bytes`` of one plane, from four places between its ends; all of it when it is not longer."""
-    column = np.frombuffer(raw, dtype=np.uint8)[plane::item_size_bytes]
-    if len(column) <= size_bytes:
-        return column.tobytes()
+def sample(plane: Buffer, size_bytes: int) -> bytes:
+    """At most ``size_bytes`` of a plane, from four places between its ends; all of it when it is not longer."""
+    view = memoryview(plane)
+    if len(view) <= size_bytes:
+        return bytes(view)
     piece = size_bytes // 4
-    step = (len(column) - piece) // 3
-    return b"".join(column[start : start + piece].tobytes() for start in (0, step, 2 * step, 3 * step))
+    step = (len(view) - piece) // 3
+    return b"".join(view[start : start + piece] for start in (0, step, 2 * step, 3 * step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ciuic_async.codecs.base import Base, Kind
 from ciuic_async.errors import UsageError
 from ciuic_async.format import segment
 from ciuic_async.format.digest import Buffer
@@ -15,12 +16,22 @@ from ciuic_async.handoffs import EncodedChunk
 class RawCodec:
     """Stores a chunk unchanged; the payload is a view of ``raw``."""
 
-    name = "raw"
+    @property
+    def name(self) -> str:
+        return "raw"
 
-    def encode(self, raw: memoryview, digest: bytes, item_size_bytes: int) -> EncodedChunk:
+    def encode(
+        self, raw: memoryview, digest: bytes, item_size_bytes: int, kind: Kind = (), base: Base | None = None
+    ) -> EncodedChunk:
         check_chunk(raw, item_size_bytes)
         header = RecordHeader(segment.CODEC_RAW, raw.nbytes, raw.nbytes, digest, item_size_bytes)
         return EncodedChunk(header, (raw,))
+
+    def wants_base(self, kind: Kind, item_size_bytes: int) -> bool:
+        return False
+
+    def wrote(self, raw_bytes: int, stored_bytes: int, busy_s: float) -> None:
+        """Nothing to learn."""
 
 
 def check_chunk(raw: memoryview, item_size_bytes: int) -> None:

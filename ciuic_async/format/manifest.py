@@ -19,6 +19,7 @@ from ciuic_async.format.chain_file import KNOWN_FEATURES
 from ciuic_async.format.digest import DIGEST_SIZE_BYTES
 from ciuic_async.format.entry import ChunkTree, FileReference
 from ciuic_async.format.fields import Fields, check_array, check_integer, malformed
+from ciuic_async.format.jsontext import Hole
 from ciuic_async.format.segment import ITEM_SIZES_BYTES, MAX_CHUNK_BYTES
 
 ROOT_SCHEMA = "ciuic.dev/manifest/v1"
@@ -151,8 +152,12 @@ class Manifest:
         return dict(self.chunks())
 
     def chunk_tree(self) -> ChunkTree:
-        digests = [chunk for chunk, _ in self.chunks()]
-        return ChunkTree(merkle.root(map(merkle.leaf_hash, digests)), len(digests))
+        return chunk_tree([chunk for chunk, _ in self.chunks()])
+
+
+def chunk_tree(digests: Sequence[bytes]) -> ChunkTree:
+    """The tree over the digests of all chunks, in manifest order."""
+    return ChunkTree(merkle.root(map(merkle.leaf_hash, digests)), len(digests))
 
 
 def volume(sizes: Sequence[int]) -> int:
@@ -204,10 +209,39 @@ def encode(manifest: Manifest, *, part_target_bytes: int = PART_TARGET_BYTES) ->
 
 
 def _encode(manifest: Manifest, part_target_bytes: int) -> EncodedManifest:
+    whole = encode_part(manifest.snapshot, 0, _body(manifest))
+    if len(whole) <= part_target_bytes:
+        parts = [whole]
+    else:
+        bodies = _part_bodies(manifest, part_target_bytes)
+        parts = [encode_part(manifest.snapshot, number, body) for number, body in enumerate(bodies)]
+    return with_root(manifest, parts, manifest.chunk_tree(), manifest.raw_bytes)
+
+
+def encode_part(snapshot: str, number: int, body: dict[str, Any]) -> bytes:
+    """One part: ``body`` holds its trees, packs and tensors as JSON."""
+    return jsontext.encode(part_json(snapshot, number, body))
+
+
+def part_json(snapshot: str | Hole, number: int, body: dict[str, Any]) -> dict[str, Any]:
+    """A part as JSON."""
+    return {"schema": PART_SCHEMA, "snapshot": snapshot, "part": number, "rank": 0} | body
+
+
+def with_root(manifest: Manifest, parts: Sequence[bytes], chunks: ChunkTree, raw_bytes: int) -> EncodedManifest:
+    """Name the parts, and describe them in a root.
+
+    Args:
+        manifest: of which only what a root says is looked at: its trees, packs and tensors may be left out.
+        parts: the encoded parts.
+        chunks, raw_bytes: of the whole manifest.
+
+    Raises:
+        UsageError: a part or the root is too large (kind ``state_too_large``).
+        ValueError: the progress holds what the format's JSON cannot.
+    """
     names_and_bytes = []
-    for number, body in enumerate(_part_bodies(manifest, part_target_bytes)):
-        header = {"schema": PART_SCHEMA, "snapshot": manifest.snapshot, "part": number, "rank": 0}
-        data = jsontext.encode(header | body)
+    for number, data in enumerate(parts):
         if len(data) > PART_LIMIT_BYTES:
             raise UsageError(
                 f"the state's structure needs {len(data)} bytes of manifest in one part, at most {PART_LIMIT_BYTES} "
@@ -225,8 +259,8 @@ def _encode(manifest: Manifest, part_target_bytes: int) -> EncodedManifest:
             "world": manifest.world,
             "top": manifest.top,
             "parts": [_reference(name, data).to_json() for name, data in names_and_bytes],
-            "chunks": manifest.chunk_tree().to_json(),
-            "raw_bytes": manifest.raw_bytes,
+            "chunks": chunks.to_json(),
+            "raw_bytes": raw_bytes,
             "progress": {
                 "step": manifest.progress.step,
                 "epoch": manifest.progress.epoch,
@@ -243,44 +277,64 @@ def _encode(manifest: Manifest, part_target_bytes: int) -> EncodedManifest:
     return EncodedManifest(tuple(names_and_bytes), (layout.manifest_root(manifest.snapshot), root))
 
 
+def _body(manifest: Manifest) -> dict[str, list[Any]]:
+    return {
+        "trees": [tree_json(tree) for tree in manifest.trees],
+        "packs": [pack_json(pack.item_size_bytes, pack.size_bytes, pack.digest.hex()) for pack in manifest.packs],
+        "tensors": [_tensor_json(tensor) for tensor in manifest.tensors],
+    }
+
+
 def _part_bodies(manifest: Manifest, part_target_bytes: int) -> Iterator[dict[str, Any]]:
     """Cut trees, packs and tensors into pieces, in order, by the size of their JSON."""
     body: dict[str, Any] = {"trees": [], "packs": [], "tensors": []}
     size = 0
-    items: list[tuple[str, Any]] = [
-        ("trees", {"section": tree.section, "key": tree.key, "node": tree.node}) for tree in manifest.trees
-    ]
-    items += [
-        ("packs", {"item_size_bytes": p.item_size_bytes, "size_bytes": p.size_bytes, "digest": p.digest.hex()})
-        for p in manifest.packs
-    ]
-    items += [("tensors", _tensor_json(tensor)) for tensor in manifest.tensors]
-    for name, item in items:
-        item_size = len(jsontext.encode(item))
-        if size and size + item_size > part_target_bytes:
-            yield body
-            body, size = {"trees": [], "packs": [], "tensors": []}, 0
-        body[name].append(item)
-        size += item_size
+    for name, items in _body(manifest).items():
+        for item in items:
+            item_size = len(jsontext.encode(item))
+            if size and size + item_size > part_target_bytes:
+                yield body
+                body, size = {"trees": [], "packs": [], "tensors": []}, 0
+            body[name].append(item)
+            size += item_size
     yield body
 
 
+def tree_json(tree: Tree) -> dict[str, Any]:
+    """A tree as a part lists it."""
+    return {"section": tree.section, "key": tree.key, "node": tree.node}
+
+
+def pack_json(item_size_bytes: int, size_bytes: int, digest: str | Hole) -> dict[str, Any]:
+    """A pack as a part lists it."""
+    return {"item_size_bytes": item_size_bytes, "size_bytes": size_bytes, "digest": digest}
+
+
+def shard_json(
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    pack: tuple[int, int] | None,
+    chunk_size_bytes: int,
+    digests: str | Hole,
+) -> dict[str, Any]:
+    """A shard as a tensor lists it; ``digests`` in hex, without meaning for one in a pack."""
+    item: dict[str, Any] = {"offsets": list(offsets), "sizes": list(sizes)}
+    if pack is not None:
+        return item | {"pack": list(pack)}
+    return item | {"chunk_size_bytes": chunk_size_bytes, "digests": digests}
+
+
+def tensor_json(path: Path, dtype: str, shape: Sequence[int], device: str, shards: list[Any]) -> dict[str, Any]:
+    """A tensor without a mesh as a part lists it."""
+    return {"path": list(path), "dtype": dtype, "shape": list(shape), "device": device, "shards": shards}
+
+
 def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
-    shards = []
-    for shard in tensor.shards:
-        item: dict[str, Any] = {"offsets": list(shard.offsets), "sizes": list(shard.sizes)}
-        if shard.pack is not None:
-            item["pack"] = list(shard.pack)
-        else:
-            item |= {"chunk_size_bytes": shard.chunk_size_bytes, "digests": shard.digests.hex()}
-        shards.append(item)
-    body: dict[str, Any] = {
-        "path": list(tensor.path),
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-        "device": tensor.device,
-        "shards": shards,
-    }
+    shards = [
+        shard_json(shard.offsets, shard.sizes, shard.pack, shard.chunk_size_bytes, shard.digests.hex())
+        for shard in tensor.shards
+    ]
+    body = tensor_json(tensor.path, tensor.dtype, tensor.shape, tensor.device, shards)
     if tensor.mesh is not None:
         body["mesh"] = {"shape": list(tensor.mesh.shape), "names": list(tensor.mesh.names)}
     return body

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ciuic_async.errors import FormatVersionError, IntegrityError
 from ciuic_async.format import layout
 from ciuic_async.format.digest import DIGEST_SIZE_BYTES, ZERO_DIGEST, Buffer, digest
 
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, 2)  # that are read
 ALIGNMENT_BYTES = 64
 DIRECT_ALIGNMENT_BYTES = 4096
 DIRECT_MINIMUM_BYTES = 1 << 20  # raw payloads of at least this many bytes are aligned for O_DIRECT
@@ -22,7 +24,13 @@ ITEM_SIZES_BYTES = (1, 2, 4, 8, 16)
 
 CODEC_RAW = 0
 CODEC_PLANES = 1
-CODEC_NAMES = {CODEC_RAW: "raw", CODEC_PLANES: "planes"}
+CODEC_DELTA = 2
+CODEC_ROTATED = 3
+CODEC_NAMES = {CODEC_RAW: "raw", CODEC_PLANES: "planes", CODEC_DELTA: "delta", CODEC_ROTATED: "rotated"}
+DELTA_XOR = 1
+DELTA_DIFFERENCE = 2
+WORD_SIZES_BYTES = (2, 4, 8)  # of items that are treated as integers: differences and rotation
+MAX_DEPTH = 4  # deltas that a reader follows: bounds the reads and the memory of one chunk
 ENCRYPTION_NONE = 0
 PLANE_RAW = 0
 PLANE_ZSTD = 1
@@ -33,7 +41,7 @@ _INDEX_MAGIC = b"CIDX"
 _END_MAGIC = b"CIUICEND"
 
 _FILE_HEADER = struct.Struct("<8sHHI20sII20s")
-_RECORD_HEADER = struct.Struct("<4sHBBQQ32s32sHBBi24s8s")
+_RECORD_HEADER = struct.Struct("<4sHBBQQ32s32sHBBiB23s8s")
 _PLANE = struct.Struct("<B3sI")
 _INDEX_HEADER = struct.Struct("<4s4sQ")
 _INDEX_ENTRY = struct.Struct("<32sQQQB7s")
@@ -60,7 +68,11 @@ def stored_limit_bytes(raw_size_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RecordHeader:
-    """What a record says of its payload. ``planes`` are pairs (method, stored size in bytes)."""
+    """What a record says of its payload.
+
+    ``planes`` are pairs (method, stored size in bytes). ``base``, ``depth`` and ``method`` (``DELTA_XOR`` or
+    ``DELTA_DIFFERENCE``) are of deltas only, else zero.
+    """
 
     codec: int
     raw_size_bytes: int
@@ -71,6 +83,7 @@ class RecordHeader:
     parameter: int = 0
     base: bytes = ZERO_DIGEST
     depth: int = 0
+    method: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -96,7 +109,8 @@ class RecordHeader:
             self.item_size_bytes,
             len(self.planes),
             self.parameter,
-            bytes(24),
+            self.method,
+            bytes(23),
         )
         directory = b"".join(_PLANE.pack(method, bytes(3), stored) for method, stored in self.planes)
         body = directory.ljust(size - RECORD_HEADER_BYTES, b"\0")
@@ -120,9 +134,8 @@ def parse_record_header(data: Buffer, what: str) -> RecordHeader:
     view = memoryview(data)
     if len(view) < RECORD_HEADER_BYTES:
         raise _bad(what, f"record header of {len(view)} bytes, expected at least {RECORD_HEADER_BYTES}")
-    (magic, size, codec, encryption, raw, stored, chunk, base, depth, item, planes, parameter, zero, checksum) = (
-        _RECORD_HEADER.unpack_from(view)
-    )
+    magic, size, codec, encryption, raw, stored, chunk, base, *rest = _RECORD_HEADER.unpack_from(view)
+    depth, item, planes, parameter, delta, zero, checksum = rest
     if magic != _RECORD_MAGIC:
         raise _bad(what, "no record starts here")
     if size != align_up(RECORD_HEADER_BYTES + PLANE_ENTRY_BYTES * planes, ALIGNMENT_BYTES) or len(view) < size:
@@ -147,7 +160,7 @@ def parse_record_header(data: Buffer, what: str) -> RecordHeader:
         if any(pad):
             raise _bad(what, f"reserved bytes of plane {number} are not zero")
         directory.append((method, plane_stored))
-    header = RecordHeader(codec, raw, stored, chunk, item, tuple(directory), parameter, base, depth)
+    header = RecordHeader(codec, raw, stored, chunk, item, tuple(directory), parameter, base, depth, delta)
     _check_record(header, what)
     return header
 
@@ -160,12 +173,13 @@ def _check_record(header: RecordHeader, what: str) -> None:
         raise _bad(what, f"{header.raw_size_bytes} bytes are no whole items of {header.item_size_bytes} bytes")
     if header.stored_size_bytes > stored_limit_bytes(header.raw_size_bytes):
         raise _bad(what, f"stores {header.stored_size_bytes} bytes for {header.raw_size_bytes}")
-    if header.depth or header.base != ZERO_DIGEST:
-        raise FormatVersionError(f"{what}: delta records need a newer ciuic-async", kind="unknown_feature", where=what)
+    _check_delta(header, what)
     if header.codec == CODEC_RAW:
         if header.planes or header.stored_size_bytes != header.raw_size_bytes:
             raise _bad(what, f"raw record stores {header.stored_size_bytes} bytes for {header.raw_size_bytes}")
         return
+    if header.codec == CODEC_ROTATED and header.item_size_bytes not in WORD_SIZES_BYTES:
+        raise _bad(what, f"items of {header.item_size_bytes} bytes cannot be rotated")
     if len(header.planes) != header.item_size_bytes:
         raise _bad(what, f"{len(header.planes)} planes for items of {header.item_size_bytes} bytes")
     plane_size = header.raw_size_bytes // header.item_size_bytes
@@ -180,26 +194,58 @@ def _check_record(header: RecordHeader, what: str) -> None:
             )
 
 
-def pack_file_header(snapshot: str, rank: int, number: int) -> bytes:
+def _check_delta(header: RecordHeader, what: str) -> None:
+    """What only deltas have, and what they must have."""
+    if header.codec != CODEC_DELTA:
+        if header.depth or header.base != ZERO_DIGEST or header.method:
+            raise _bad(what, f"a {CODEC_NAMES[header.codec]} record has a delta base, a depth or a delta method")
+        return
+    if header.base in (ZERO_DIGEST, header.digest):
+        raise _bad(what, "a delta without a base other than itself")
+    if not 1 <= header.depth <= MAX_DEPTH:
+        raise _bad(what, f"a delta of depth {header.depth}, expected 1 to {MAX_DEPTH}")
+    if header.method not in (DELTA_XOR, DELTA_DIFFERENCE):
+        raise FormatVersionError(
+            f"{what}: unknown delta method {header.method}; upgrade ciuic-async", kind="unknown_codec", where=what
+        )
+    if header.method == DELTA_DIFFERENCE and header.item_size_bytes not in WORD_SIZES_BYTES:
+        raise _bad(what, f"items of {header.item_size_bytes} bytes have no differences")
+
+
+def pack_file_header(snapshot: str, rank: int, number: int, version: int = VERSION) -> bytes:
     """The first 64 bytes of a segment."""
     return _FILE_HEADER.pack(
-        _FILE_MAGIC, VERSION, 0, FILE_HEADER_BYTES, snapshot.encode("ascii"), rank, number, bytes(20)
+        _FILE_MAGIC, version, 0, FILE_HEADER_BYTES, snapshot.encode("ascii"), rank, number, bytes(20)
     )
 
 
-def parse_file_header(data: Buffer, what: str) -> tuple[str, int, int]:
-    """Snapshot id, rank and number of a segment."""
+class FileHeader(NamedTuple):
+    """Whose segment it is, and which of its version's rules hold."""
+
+    snapshot: str
+    rank: int
+    number: int
+    version: int
+
+
+def parse_file_header(data: Buffer, what: str) -> FileHeader:
+    """Parse and check the first 64 bytes of a segment."""
     if len(data) < FILE_HEADER_BYTES:
         raise _bad(what, f"segment of {len(data)} bytes, expected at least {FILE_HEADER_BYTES}")
     magic, version, zero, size, snapshot, rank, number, pad = _FILE_HEADER.unpack_from(data)
     if magic != _FILE_MAGIC:
         raise _bad(what, "not a segment")
-    if version != VERSION:
-        raise FormatVersionError(f"{what}: segment version {version}, this version reads {VERSION}", where=what)
+    if version not in VERSIONS:
+        raise FormatVersionError(f"{what}: segment version {version}, this version reads {VERSIONS}", where=what)
     snapshot_id = snapshot.decode("ascii", "replace")
     if zero or size != FILE_HEADER_BYTES or any(pad) or not layout.ID.fullmatch(snapshot_id):
         raise _bad(what, "segment header is malformed")
-    return snapshot_id, rank, number
+    return FileHeader(snapshot_id, rank, number, version)
+
+
+def leaves_out(version: int, codec: int) -> bool:
+    """Whether the digest at the end leaves a payload out: raw ones since version 2, for their header has their own."""
+    return version >= 2 and codec == CODEC_RAW
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +267,7 @@ def pack_tail(position: int, entries: list[IndexEntry]) -> bytes:
         entries: the records in file order.
 
     Returns:
-        Bytes to append; appending the BLAKE3 of the file so far (32 bytes) then completes the segment.
+        Bytes to append; appending the digest (32 bytes) of the file so far then completes the segment.
     """
     index_offset = align_up(position, ALIGNMENT_BYTES)
     index = [_INDEX_HEADER.pack(_INDEX_MAGIC, bytes(4), len(entries))]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ciuic_async.capture.state_tree import Captured
 from ciuic_async.errors import CiuicError, SaveFailedError
-from ciuic_async.handoffs import StagedWindow
+from ciuic_async.handoffs import PlannedChunk, StagedWindow
 from ciuic_async.staging.budget import SlotPlan, plan_slots
-from ciuic_async.staging.device import Devices
+from ciuic_async.staging.device import Devices, Pending
+from ciuic_async.staging.retained import Retained
 from ciuic_async.staging.slots import STAGED, Slot, SlotPool
-from ciuic_async.staging.stager import stage, windows
+from ciuic_async.staging.stager import begin, settle, stage, windows
 
 TABLE_ENTRY_BYTES = 24
 
@@ -66,10 +69,19 @@ class WindowQueue:
             window.memory.release()
             pool.release(slot)
 
-    def release_all(self, pool: SlotPool) -> None:
-        """The writer ends, done or failed: hand back everything, also what was never taken."""
+    def release_all(self, pool: SlotPool, *, retain: bool = False) -> Retained | None:
+        """The writer ends, done or failed: hand back everything, also what was never taken.
+
+        Args:
+            retain: the snapshot is durable: where it lies in one window its bytes may still be read (``SlotPool``).
+        """
         with self._mutex:
             self.writer_done = True
+        retained = None
+        if retain and self.whole and len(self._slots) == 1:
+            ((_, slot),) = self._slots.items()
+            self._slots.clear()
+            retained = pool.release(slot, retain=True)
         while not self._queue.empty():
             item = self._queue.get()
             if isinstance(item, StagedWindow):
@@ -77,6 +89,7 @@ class WindowQueue:
         for slot in list(self._slots.values()):
             pool.release(slot)
         self._slots.clear()
+        return retained
 
 
 def slot_plan(captured: Captured, host_memory_bytes: int | None, pool: SlotPool) -> SlotPlan:
@@ -140,8 +153,36 @@ def stage_windows(
             pool.release(slot)
 
 
+def begin_staging(
+    captured: Captured, slot: Slot, devices: Devices, storages: Collection[int]
+) -> tuple[tuple[PlannedChunk, ...], list[Pending]]:
+    """Copy a captured state into one slot, but for ``storages``, whose copies only begin.
+
+    Args:
+        captured: not empty, and no larger than the slot; drop it no earlier than the copies are complete.
+        storages: addresses of the storages that stay as they are until the copies' ``order`` or ``wait`` returned.
+
+    Returns:
+        All chunks, and what is under way. On a GPU that includes the copies of what may change at once: the current
+        stream waits for them, and the host does not. When this raises, no copy is under way.
+    """
+    ((base, chunks),) = windows(captured.plan, captured.plan.size_bytes)
+    slot.touch(devices.for_pinning())
+    payload, end = slot.payload(), captured.plan.size_bytes
+    later = np.isin(captured.sources.storage_addresses(), list(storages))
+    pending = begin(captured.sources.select(~later), payload, base, end, devices)
+    try:
+        for work in pending:
+            work.order()
+        pending += begin(captured.sources.select(later), payload, base, end, devices, in_background=True)
+    except BaseException:
+        settle(pending)
+        raise
+    return chunks, pending
+
+
 def _writer_failed() -> SaveFailedError:
     return SaveFailedError("the writer failed while the state was being staged", kind="writer_failed")
 
 
-__all__ = ["STAGED", "WindowQueue", "slot_plan", "stage_windows", "table_bytes"]
+__all__ = ["STAGED", "WindowQueue", "begin_staging", "slot_plan", "stage_windows", "table_bytes"]

@@ -13,32 +13,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ciuic_async.codecs.base import Codec
-from ciuic_async.errors import IntegrityError
+from ciuic_async.codecs.base import ChunkEncoder, Kind
+from ciuic_async.errors import StoreError
 from ciuic_async.format import entry as entries
-from ciuic_async.format import layout, manifest, merkle
+from ciuic_async.format import merkle
 from ciuic_async.format.chain_file import ChainFile
-from ciuic_async.format.digest import digest
+from ciuic_async.format.digest import DIGEST_SIZE_BYTES, digest
 from ciuic_async.format.entry import Common, SnapshotEntry
 from ciuic_async.format.locator import ChunkLocation, Locator
-from ciuic_async.format.manifest import Manifest, Pack, Progress, Shard, StoredTensor
-from ciuic_async.handoffs import CapturePlan, EncodedChunk, PlannedChunk, StagedWindow
+from ciuic_async.format.manifest import Progress, dotted
+from ciuic_async.handoffs import CapturePlan, EncodedChunk, PlannedChunk, Region, StagedWindow
 from ciuic_async.options import WRITE
-from ciuic_async.pipeline.chunks import chunk_reader
-from ciuic_async.pipeline.commit import CommitTarget, commit, publish_rewritten
+from ciuic_async.pipeline.bases import BaseFinder, InMemory, Parent, needed_bases
+from ciuic_async.pipeline.commit import CommitTarget, commit
+from ciuic_async.pipeline.describe import describe
+from ciuic_async.pipeline.frozen import FrozenDigests, Remembered
 from ciuic_async.pipeline.history import is_live
+from ciuic_async.pipeline.rewrite import Rewriter
 from ciuic_async.pipeline.workers import OrderedWorkers
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.version import ENGINE
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """The durable snapshot a new one came from; its chunks are referenced instead of written again."""
-
-    snapshot: str
-    leaf_hash: bytes
-    locations: Mapping[bytes, ChunkLocation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +49,26 @@ class SaveRequest:
     tags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     parent: Parent | None = None
+    remembered: Remembered = field(default_factory=dict)
+    """Regions whose bytes are not in the windows: the parent has them, under these digests."""
     deadline_s: float | None = None
     """By ``time.monotonic``: from then on the writer works at normal priority."""
 
 
 @dataclass(frozen=True, slots=True)
 class Persisted:
-    """A durable snapshot."""
+    """A durable snapshot. ``digests``: of every region its chunks' digests, concatenated."""
 
     index: int
     entry: SnapshotEntry
     leaf_hash: bytes
-    locations: dict[bytes, ChunkLocation]
+    where: Locator
+    base_of: dict[bytes, bytes]
+    digests: tuple[bytes, ...]
     deduplicated_bytes: int
 
     def as_parent(self) -> Parent:
-        return Parent(self.entry.snapshot, self.leaf_hash, self.locations)
+        return Parent(self.entry.snapshot, self.leaf_hash, self.where.chunks, self.where.bases, self.base_of)
 
 
 def common(run: str) -> Common:
@@ -84,15 +82,16 @@ class Persister:
     Args:
         target: where they go.
         chain: the chain's parameters.
-        codec: for chunks that are written.
+        encoder: for chunks that are written.
         run: id of this training run.
     """
 
-    def __init__(self, target: CommitTarget, chain: ChainFile, codec: Codec, run: str) -> None:
+    def __init__(self, target: CommitTarget, chain: ChainFile, encoder: ChunkEncoder, run: str) -> None:
         self._target = target
         self._chain = chain
-        self._codec = codec
+        self._encoder = encoder
         self._run = run
+        self.frozen = FrozenDigests()
         self._workers = OrderedWorkers(WRITE.encode_threads, "ciuic-encode", lower_priority)
 
     def start(self) -> None:
@@ -109,6 +108,7 @@ class Persister:
         windows: Iterable[StagedWindow],
         window_done: Callable[[StagedWindow], None],
         keeps_memory: bool,
+        kept: InMemory | None = None,
     ) -> Persisted:
         """Make one snapshot durable.
 
@@ -118,40 +118,33 @@ class Persister:
             window_done: told when a window's bytes are no longer needed; with ``keeps_memory`` only at the end, by the
                 caller.
             keeps_memory: the windows stay valid until this returns.
+            kept: the parent's bytes, if they are still in memory: for deltas.
 
         Raises:
             CiuicError: nothing became durable.
         """
         writer = SegmentWriter(self._target.store, request.snapshot, borrows=True)
         known = self._known_chunks(request.parent)
-        digests: list[bytearray] = [bytearray() for _ in request.plan.regions]
-        own: dict[bytes, int] = {}
-        referenced: dict[bytes, ChunkLocation] = {}
-        deduplicated = 0
-        kept: list[StagedWindow] = []
+        finder = BaseFinder(request.plan, known, kept)
+        content = _Content([bytearray() for _ in request.plan.regions])
+        staged: list[StagedWindow] = []
         try:
             for window in windows:
-                for chunk, chunk_digest, encoded in self._encoded(window, known, request.deadline_s):
-                    digests[chunk.region] += chunk_digest
-                    if chunk_digest in own or chunk_digest in referenced:
-                        deduplicated += chunk.size_bytes
-                    elif encoded is None:
-                        referenced[chunk_digest] = known[chunk_digest]
-                        deduplicated += chunk.size_bytes
-                    else:
-                        own[chunk_digest] = chunk.size_bytes
+                for chunk, chunk_digest, encoded in self._encoded(request, window, known, finder):
+                    if content.add(chunk, chunk_digest, encoded, known) and encoded is not None:
                         writer.append(encoded)
                 if keeps_memory:
-                    kept.append(window)
+                    staged.append(window)
                 else:
                     writer.drain()
                     window_done(window)
             written = writer.finish()
-            content = _manifest(request, digests)
-            order = content.distinct_chunks()
-            places = {**referenced, **written.locations}
-            where = Locator(request.snapshot, 0, {chunk: places[chunk] for chunk in order})
-            encoded_manifest = manifest.encode(content)
+            self._encoder.wrote(content.written_bytes, written.size_bytes, written.busy_s)
+            about = describe(request.plan, request.snapshot, content.digests, request.progress, request.environment)
+            places = {**content.referenced, **written.locations}
+            chunks = {chunk: places[chunk] for chunk in about.distinct}
+            bases, base_of = needed_bases(content.own_bases, chunks, about.distinct, request.parent)
+            where = Locator(request.snapshot, 0, chunks, bases)
             entry = SnapshotEntry(
                 common=common(self._run),
                 snapshot=request.snapshot,
@@ -161,20 +154,38 @@ class Persister:
                 batch=request.batch,
                 tags=request.tags,
                 metrics=request.metrics,
-                manifest=encoded_manifest.reference,
-                chunks=content.chunk_tree(),
-                raw_bytes=content.raw_bytes,
+                manifest=about.encoded.reference,
+                chunks=about.chunks,
+                raw_bytes=about.raw_bytes,
                 stored_bytes=written.size_bytes,
             )
-            rewriter = _Rewriter(self._target, self._codec, request, kept, written.next_number, order)
+            rewriter = Rewriter(
+                self._target,
+                self._encoder,
+                request.snapshot,
+                request.parent,
+                staged,
+                written.next_number,
+                about.distinct,
+            )
             data = entry.encode()
-            index = commit(self._target, encoded_manifest, written, where, data, rewriter.ensure)
+            index = commit(self._target, about.encoded, written, where, data, rewriter.ensure)
         except BaseException:
+            self.frozen.forget()
             writer.abort()
             raise
-        final = rewriter.current or where
+        digests = tuple(map(bytes, content.digests))
+        self.frozen.learn(request.plan, digests)
         # Not asked of the log: a read that fails now must not make a durable snapshot look like a failed one.
-        return Persisted(index, entry, merkle.leaf_hash(data), final.chunks, deduplicated)
+        return Persisted(
+            index,
+            entry,
+            merkle.leaf_hash(data),
+            rewriter.current or where,
+            {} if rewriter.current else base_of,
+            digests,
+            content.deduplicated_bytes,
+        )
 
     def _known_chunks(self, parent: Parent | None) -> Mapping[bytes, ChunkLocation]:
         """Chunks that may be referenced: those of the parent whose segments are there, unless it was pruned."""
@@ -184,114 +195,98 @@ class Persister:
         if not is_live(self._target.log, parent.snapshot):
             return {}
         store = self._target.store
-        segments = {place.segment for place in parent.locations.values()}
+        # Bases too: content that comes back is found there, and never becomes a delta that leads to itself.
+        places = {**{base: place for base, (_, place) in parent.bases.items()}, **parent.locations}
+        segments = {place.segment for place in places.values()}
         gone = {segment for segment in segments if store.size(segment.path) != segment.size_bytes}
-        if not gone:
-            return parent.locations
-        return {chunk: place for chunk, place in parent.locations.items() if place.segment not in gone}
+        return {
+            chunk: place
+            for chunk, place in places.items()
+            if place.segment not in gone and (place.depth == 0 or chunk in parent.base_of)
+        }
 
     def _encoded(
-        self, window: StagedWindow, known: Mapping[bytes, ChunkLocation], deadline_s: float | None
+        self,
+        request: SaveRequest,
+        window: StagedWindow,
+        known: Mapping[bytes, ChunkLocation],
+        finder: BaseFinder,
     ) -> Iterator[tuple[PlannedChunk, bytes, EncodedChunk | None]]:
         """Digest every chunk and encode those that the parent has not; in order, a bounded number ahead."""
+        encoder, kinds = self._encoder, _kinds(request.plan)
+        regions, remembered = request.plan.regions, request.remembered
 
         def work(chunk: PlannedChunk) -> tuple[PlannedChunk, bytes, EncodedChunk | None]:
+            if chunk.region in remembered:
+                at = (chunk.address - regions[chunk.region].address) // request.plan.chunk_size_bytes
+                chunk_digest = remembered[chunk.region][at * DIGEST_SIZE_BYTES :][:DIGEST_SIZE_BYTES]
+                if chunk_digest not in known:
+                    raise _gone(regions[chunk.region])
+                return chunk, chunk_digest, None
             raw = window.bytes_of(chunk)
             chunk_digest = digest(raw)
-            encoded = None if chunk_digest in known else self._codec.encode(raw, chunk_digest, chunk.item_size_bytes)
-            return chunk, chunk_digest, encoded
+            if chunk_digest in known:
+                return chunk, chunk_digest, None
+            kind = kinds[chunk.region]
+            if not encoder.wants_base(kind, chunk.item_size_bytes):
+                return chunk, chunk_digest, encoder.encode(raw, chunk_digest, chunk.item_size_bytes, kind, None)
+            with finder.base(chunk) as base:
+                return chunk, chunk_digest, encoder.encode(raw, chunk_digest, chunk.item_size_bytes, kind, base)
 
-        yield from self._workers.map(work, window.chunks, deadline_s=deadline_s)
+        yield from self._workers.map(work, window.chunks, deadline_s=request.deadline_s)
+
+
+def _gone(region: Region) -> StoreError:
+    name = dotted(region.path)
+    return StoreError(
+        f"{name}: frozen, and not copied, but the snapshot before, which has it, was pruned or its segments are gone; "
+        "the next snapshot stores it again",
+        kind="frozen_gone",
+        where=name,
+    )
+
+
+def _kinds(plan: CapturePlan) -> list[Kind]:
+    """What each region is a kind of: tensors of one kind compress alike."""
+    return [
+        (
+            str(region.path[0]) if region.path else "",
+            str(region.path[-1]) if region.path else "",
+            "pack" if number < plan.pack_count else "",
+        )
+        for number, region in enumerate(plan.regions)
+    ]
+
+
+@dataclass(slots=True)
+class _Content:
+    """What a snapshot consists of, as its chunks come by."""
+
+    digests: list[bytearray]
+    own: set[bytes] = field(default_factory=set)
+    own_bases: dict[bytes, bytes] = field(default_factory=dict)
+    referenced: dict[bytes, ChunkLocation] = field(default_factory=dict)
+    written_bytes: int = 0
+    deduplicated_bytes: int = 0
+
+    def add(
+        self, chunk: PlannedChunk, digest: bytes, encoded: EncodedChunk | None, known: Mapping[bytes, ChunkLocation]
+    ) -> bool:
+        """Count a chunk; True if it must be written."""
+        self.digests[chunk.region] += digest
+        if digest in self.own or digest in self.referenced or encoded is None:
+            self.deduplicated_bytes += chunk.size_bytes
+            if encoded is None:
+                self.referenced[digest] = known[digest]
+            return False
+        self.own.add(digest)
+        if encoded.header.depth:
+            self.own_bases[digest] = encoded.header.base
+        self.written_bytes += chunk.size_bytes
+        return True
 
 
 def lower_priority() -> None:
     """Run the calling thread at low CPU priority: training comes first. On Linux niceness belongs to threads."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITE.niceness)
-
-
-def _manifest(request: SaveRequest, digests: list[bytearray]) -> Manifest:
-    plan = request.plan
-    packs = tuple(
-        Pack(region.item_size_bytes, region.size_bytes, bytes(digests[number]))
-        for number, region in enumerate(plan.regions[: plan.pack_count])
-    )
-    tensors = []
-    for tensor in plan.tensors:
-        zeros = (0,) * len(tensor.shape)
-        if tensor.pack_offset_bytes is not None:
-            shard = Shard(zeros, tensor.shape, pack=(tensor.region, tensor.pack_offset_bytes))
-        else:
-            content = bytes(digests[tensor.region]) if tensor.region >= 0 else b""
-            shard = Shard(zeros, tensor.shape, plan.chunk_size_bytes, content)
-        tensors.append(StoredTensor(tensor.path, tensor.dtype, tensor.shape, tensor.device, (shard,)))
-    return Manifest(
-        request.snapshot, plan.top, plan.trees, packs, tuple(tensors), request.progress, request.environment
-    )
-
-
-class _Rewriter:
-    """Rewrites chunks of a parent that another writer pruned while this snapshot was on its way."""
-
-    def __init__(
-        self,
-        target: CommitTarget,
-        codec: Codec,
-        request: SaveRequest,
-        kept: list[StagedWindow],
-        next_number: int,
-        sizes: dict[bytes, int],
-    ) -> None:
-        self._target = target
-        self._codec = codec
-        self._request = request
-        self._kept = kept
-        self._next_number = next_number
-        self._sizes = sizes
-        self.current: Locator | None = None
-
-    def ensure(self, where: Locator, published: list[str]) -> Locator:
-        """``where``, or a newer generation that does not lean on a pruned parent."""
-        parent = self._request.parent
-        foreign = {
-            chunk: place
-            for chunk, place in where.chunks.items()
-            if layout.owner(place.segment.path) != self._request.snapshot
-        }
-        if not foreign or parent is None or is_live(self._target.log, parent.snapshot):
-            return where
-        writer = SegmentWriter(self._target.store, self._request.snapshot, first_number=self._next_number)
-        try:
-            for chunk, raw, item_size in self._raw(foreign):
-                writer.append(self._codec.encode(raw, chunk, item_size))
-            written = writer.finish()
-            newer = Locator(where.snapshot, where.generation + 1, {**where.chunks, **written.locations})
-            publish_rewritten(self._target.store, written, newer, published)
-        except BaseException:
-            writer.abort()
-            raise
-        self._next_number = written.next_number
-        self.current = newer
-        return newer
-
-    def _raw(self, wanted: dict[bytes, ChunkLocation]) -> Iterator[tuple[bytes, memoryview, int]]:
-        """The chunks' bytes: from memory where they are still staged, else from the store while it has them."""
-        left = dict(wanted)
-        for window in self._kept:
-            for chunk in window.chunks:
-                raw = window.bytes_of(chunk)
-                if left and (chunk_digest := digest(raw)) in left:
-                    del left[chunk_digest]
-                    yield chunk_digest, raw, chunk.item_size_bytes
-        reader = chunk_reader(self._target.store)
-        for chunk_digest, place in left.items():
-            try:
-                raw = reader.read_chunk(chunk_digest, self._sizes[chunk_digest], place)
-            except IntegrityError as error:
-                raise IntegrityError(
-                    f"{place.segment.path}: pruned by another writer while this snapshot referred to it; "
-                    "the next snapshot will not",
-                    kind="pruned_under_us",
-                    where=place.segment.path,
-                ) from error
-            yield chunk_digest, raw, 1

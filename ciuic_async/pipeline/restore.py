@@ -15,13 +15,14 @@ import torch
 
 from ciuic_async.capture import training, values
 from ciuic_async.capture.state_tree import Inflater, decode_plain
-from ciuic_async.capture.tensors import DTYPES, empty, flat_bytes
+from ciuic_async.capture.tensors import DTYPES, empty
 from ciuic_async.errors import IntegrityError, NotFoundError, StoreError, TargetMismatchError, UsageError
 from ciuic_async.events import Listener
 from ciuic_async.format.manifest import SECTION_RNG, SECTION_STATE, TOP_DICT, Manifest, Node, StoredTensor, Tree, dotted
 from ciuic_async.pipeline.commit import Resolved
 from ciuic_async.pipeline.fit import Fit, LiveEntry, drop_overlaps, fit_object, state_dict_items
 from ciuic_async.pipeline.placement import read_tensors
+from ciuic_async.segments.scratch import prefer_huge_pages
 from ciuic_async.stores.base import Store
 
 REFERENCES = ("tensor", "numpy.array", "str", "bytes", "bytearray", "json")
@@ -53,14 +54,17 @@ class TensorLoader:
             stored = tensors[index]
             self._loaded[index] = self._allocate(stored)
             if stored.size_bytes:
-                targets[index] = flat_bytes(self._loaded[index], 0, stored.size_bytes)
+                targets[index] = self._loaded[index]
         read_tensors(self._store, self._resolved, targets, verify=self._verify, listener=self._listener)
         inflater = Inflater(tensors, self._loaded.__getitem__)
         return [inflater.value(node, where) for node in nodes]
 
     def _allocate(self, stored: StoredTensor) -> torch.Tensor:
         try:
-            return empty(stored.shape, DTYPES[stored.dtype], self._device)
+            tensor = empty(stored.shape, DTYPES[stored.dtype], self._device)
+            if tensor.is_cpu:
+                prefer_huge_pages(tensor.data_ptr(), stored.size_bytes)
+            return tensor
         except (RuntimeError, MemoryError) as error:  # torch says that memory is out with a RuntimeError
             name = dotted(stored.path)
             raise StoreError(
@@ -261,11 +265,9 @@ def _place_models(store: Store, resolved: Resolved, fits: Sequence[Fit], listene
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     for fit in fits:
         for index, tensor in fit.in_place.values():
-            start = int(tensor.storage_offset()) * tensor.element_size()
-            flat = flat_bytes(tensor, start, start + tensor.numel() * tensor.element_size())
-            first = targets.setdefault(index, flat)
-            if first.data_ptr() != flat.data_ptr():
-                copies.append((flat, first))
+            first = targets.setdefault(index, tensor)
+            if first.data_ptr() != tensor.data_ptr():
+                copies.append((tensor, first))
     read_tensors(store, resolved, targets, listener=listener)
     for target, source in copies:
         target.copy_(source)

@@ -1,7 +1,7 @@
 """A few threads of low priority that work ahead, in order, and a caller who helps them when time is short.
 
 Raising a thread's priority again needs a privilege, so urgency is a matter of who works: until the deadline only the
-threads do, in time that training leaves over; after it the caller, who kept its priority, takes work out of their queue.
+threads do, in time that training leaves over; after it the caller, who kept its priority, takes work from their queue.
 
 Not ``concurrent.futures``: its pools refuse work as soon as the interpreter begins to exit, and that is when a script
 that never called ``close`` still has a snapshot to finish.
@@ -58,9 +58,7 @@ class OrderedWorkers:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
-    def map(
-        self, function: Callable[[T], R], items: Iterable[T], *, deadline_s: float | None = None
-    ) -> Iterator[R]:
+    def map(self, function: Callable[[T], R], items: Iterable[T], *, deadline_s: float | None = None) -> Iterator[R]:
         """Results in the order of ``items``; at most twice ``count`` calls are ahead of the consumer.
 
         When the consumer stops early, or a call raises, no call is running any more when this ends.

@@ -180,17 +180,18 @@ class SegmentWriter:
         self._busy_s += current.busy_s
         self._files.append(current.file)
         self._size_bytes += reference.size_bytes
-        for entry in current.entries:
-            location = ChunkLocation(reference, entry.offset_bytes, entry.record_size_bytes, entry.codec)
+        for entry, depth in zip(current.entries, current.depths, strict=True):
+            location = ChunkLocation(reference, entry.offset_bytes, entry.record_size_bytes, entry.codec, depth)
             self._locations.setdefault(entry.digest, location)
 
 
 class _OpenSegment:
-    """One segment while it grows: its position, its index and the digest of all its bytes so far."""
+    """One segment while it grows: its position, its index and the digest of its bytes so far."""
 
     def __init__(self, file: Unpublished, output: _Output) -> None:
         self.file = file
         self.entries: list[IndexEntry] = []
+        self.depths: list[int] = []  # of the same records; the index does not hold them
         self._output = output
         self._hasher = hasher()
         self._position = 0
@@ -206,13 +207,20 @@ class _OpenSegment:
     def append(self, chunk: EncodedChunk, borrows: bool) -> None:
         offset = self._offset_of(chunk)
         self.write(bytes(offset - self._position) + chunk.header.pack())
+        raw = chunk.header.codec == segment.CODEC_RAW
         for piece in chunk.payload:
-            self.write(piece, borrows and chunk.header.codec == segment.CODEC_RAW)
+            if not segment.leaves_out(segment.VERSION, chunk.header.codec):
+                self._hasher.update(piece)
+            self._put(piece, lend=borrows and raw)
         self.entries.append(index_entry(chunk, offset))
+        self.depths.append(chunk.header.depth)
 
-    def write(self, data: Buffer, borrows: bool = False) -> None:
+    def write(self, data: Buffer) -> None:
         self._hasher.update(data)
-        if borrows:
+        self._put(data)
+
+    def _put(self, data: Buffer, *, lend: bool = False) -> None:
+        if lend:
             self._output.lend(data)
         else:
             self._output.write(data)

@@ -8,8 +8,11 @@ and out of order unless events order it; ``tests/gpu`` with real ones.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -17,17 +20,44 @@ import torch
 
 from ciuic_async import native
 from ciuic_async.events import logger
+from ciuic_async.format.digest import Buffer
 from ciuic_async.options import STAGING
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 """(destination in host memory, source on the device): 1-D uint8 of equal length, contiguous."""
+
+Range = tuple[int, int, int]
+"""(address of the destination, address of the source, size in bytes), in host memory."""
+
+
+BACKGROUND_PIECE_BYTES = 4 << 20
+"""What a background thread copies at a time on the CPU: all that the optimizer gate may have to wait for it."""
 
 
 class Pending(Protocol):
     """Copies under way."""
 
     def wait(self) -> None:
-        """Return when every copy is complete; the sources may change from then on. May be called again."""
+        """Return when every copy is complete; the sources may change from then on. May be called again, by any thread.
+
+        Where the host does the copying the calling thread helps.
+        """
+
+    def order(self) -> bool:
+        """Let what the calling thread queues from now on happen after the copies: the sources may change from then on.
+
+        A device with streams makes the current one wait, and the host goes on at once; elsewhere this is ``wait``.
+
+        Returns:
+            Whether the copies are complete already.
+        """
+
+    def advance(self) -> bool:
+        """Do a piece of the copying, or wait for it, on a thread that has nothing better to do.
+
+        Returns:
+            False when nothing is left to do here; what another thread does may still be under way.
+        """
 
 
 class Device(Protocol):
@@ -38,6 +68,9 @@ class Device(Protocol):
 
         When it raises, no copy is under way.
         """
+
+    def begin(self, copies: Sequence[Copy]) -> Pending:
+        """Like ``copy``, for sources that stay as they are until ``order`` or ``wait``; returns without copying."""
 
     def pin(self, memory: torch.Tensor) -> bool:
         """Page-lock host memory for fast copies, and say whether that worked. Without it copies are right, but slower.
@@ -52,6 +85,67 @@ class Device(Protocol):
 class _Done:
     def wait(self) -> None:
         pass
+
+    def order(self) -> bool:
+        return True
+
+    def advance(self) -> bool:
+        return False
+
+
+class _Pieces:
+    """Copies in host memory, made piece by piece by a background thread until somebody waits for them.
+
+    Who waits copies all that is left with all threads, rather than wait for a thread that gets no processor; so at most
+    one piece of another thread is under way then.
+    """
+
+    def __init__(self, device: CpuDevice, ranges: Sequence[Range], keep: object) -> None:
+        self._device = device
+        self._left = deque(ranges)
+        self._keep = keep
+        self._under_way = 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+
+    def wait(self) -> None:
+        with self._changed:
+            rest, self._left = list(self._left), deque()
+            self._under_way += 1
+        self._copy(lambda: self._device.copy_ranges(rest))
+        with self._changed:
+            self._changed.wait_for(lambda: self._under_way == 0)
+            self._keep = None
+            if self._error is not None:
+                raise self._error
+
+    def order(self) -> bool:
+        self.wait()
+        return True
+
+    def advance(self) -> bool:
+        with self._changed:
+            if not self._left:
+                return False
+            target, source, left = self._left.popleft()
+            size = min(left, BACKGROUND_PIECE_BYTES)
+            if left > size:
+                self._left.appendleft((target + size, source + size, left - size))
+            self._under_way += 1
+        self._copy(lambda: self._device.copy_ranges([(target, source, size)], threads=1))
+        return True
+
+    def _copy(self, copy: Callable[[], object]) -> None:
+        """One share of the work, counted in ``_under_way`` already."""
+        error: BaseException | None = None
+        try:
+            copy()
+        except BaseException as problem:
+            error = problem
+        with self._changed:
+            self._error = self._error or error
+            self._under_way -= 1
+            self._changed.notify_all()
 
 
 class CpuDevice:
@@ -69,6 +163,31 @@ class CpuDevice:
                 target.copy_(source)
         return _Done()
 
+    def copy_columns(self, destinations: Buffer, sources: Buffer, sizes_bytes: Buffer) -> None:
+        """Copy between addresses of host memory, arrays of 64-bit numbers, with the compiled core; complete on return.
+
+        A source of 0 fills with zeros.
+        """
+        assert native.core is not None
+        native.core.copy_columns(destinations, sources, sizes_bytes, self._threads)
+
+    def begin(self, copies: Sequence[Copy]) -> Pending:
+        return self.begin_ranges(
+            [(target.data_ptr(), source.data_ptr(), source.numel()) for target, source in copies], copies
+        )
+
+    def begin_ranges(self, ranges: Sequence[Range], keep: object) -> Pending:
+        """``begin`` by address; ``keep`` keeps the sources alive until all is copied, the caller the destinations."""
+        return _Pieces(self, ranges, keep)
+
+    def copy_ranges(self, ranges: Sequence[Range], threads: int | None = None) -> None:
+        """``copy`` by address; with ``threads`` on no more than these."""
+        if native.core is not None:
+            native.core.copy_many(list(ranges), threads or self._threads)
+        else:
+            for target, source, size in ranges:
+                ctypes.memmove(target, source, size)
+
     def pin(self, memory: torch.Tensor) -> bool:
         return False
 
@@ -77,13 +196,28 @@ class CpuDevice:
 
 
 class _CudaPending:
-    def __init__(self, event: Any, keep: Sequence[Copy]) -> None:
+    def __init__(self, device: torch.device, event: Any, keep: Sequence[Copy]) -> None:
+        self._device = device
         self._event = event
         self._keep = keep  # storages stay alive until their copy's event
 
     def wait(self) -> None:
-        self._event.synchronize()
+        # Background threads start on device 0: waiting there would make a context on a GPU that is not ours.
+        with torch.cuda.device(self._device):
+            self._event.synchronize()
         self._keep = ()
+
+    def order(self) -> bool:
+        with torch.cuda.device(self._device):
+            if torch.cuda.is_current_stream_capturing():
+                self._event.synchronize()  # a graph that is recorded cannot wait for an event from outside of it
+                return True
+            torch.cuda.current_stream().wait_event(self._event)
+            return bool(self._event.query())
+
+    def advance(self) -> bool:
+        self.wait()
+        return False
 
 
 class CudaDevice:
@@ -104,7 +238,10 @@ class CudaDevice:
                 with suppress(RuntimeError):  # a broken device copies no more, and the first error says why
                     self._stream.synchronize()
                 raise
-        return _CudaPending(done, copies)
+        return _CudaPending(self._device, done, copies)
+
+    def begin(self, copies: Sequence[Copy]) -> Pending:
+        return self.copy(copies)
 
     def _queue(self, copies: Sequence[Copy]) -> Any:
         """Queue the copies on the side stream, behind what the current stream holds now; the event after the last."""
@@ -115,7 +252,8 @@ class CudaDevice:
             for target, source in copies:
                 for part_target, part_source in _within_pinned_ranges(target, source):
                     part_target.copy_(part_source, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Blocking: a thread that waits for it sleeps, and leaves the processor to training.
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(self._stream)
         return done
 

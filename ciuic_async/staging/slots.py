@@ -50,6 +50,8 @@ class Slot:
         self._map: mmap.mmap | None = None
         self._payload_at = 0
         self._table_capacity = 0
+        self._table_of: Sequence[Region] = ()
+        self._table = b""
         self._pinned: Device | None = None
         self.touched = False
         self.retained: Retained | None = None
@@ -114,7 +116,10 @@ class Slot:
     def mark(self, state: int, *, step: int | None = None, snapshot: str = "", regions: Sequence[Region] = ()) -> None:
         """Write header and table, for whoever finds the memory after this process died. State comes last."""
         assert self._map is not None
-        table = b"".join(_REGION.pack(region.address, region.size_bytes, region.item_size_bytes) for region in regions)
+        if regions and regions is not self._table_of:  # a plan that is used again has the very same regions
+            self._table = b"".join(_REGION.pack(r.address, r.size_bytes, r.item_size_bytes) for r in regions)
+            self._table_of = regions
+        table = self._table if regions else b""
         fits = len(table) <= self._table_capacity
         if fits:
             self._map[PAGE_BYTES : PAGE_BYTES + len(table)] = table
@@ -264,6 +269,8 @@ class SlotPool:
             self._drop(free.pop())
 
         slot = free.pop() if free else None
+        if slot is not None and slot.retained and len(self._slots) < plan.count and self.held_bytes + size <= bound:
+            slot = None  # there is room for another
         growth = size if slot is None else max(size - slot.size_bytes, 0)
         while growth and free and self.held_bytes + growth > bound:
             self._drop(free.pop(0))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from ciuic_async import native
 from ciuic_async.handoffs import CapturePlan, PlannedChunk
-from ciuic_async.staging.device import Copy, Device, Pending
+from ciuic_async.staging.device import Copy, CpuDevice, Device, Pending
 
 
 class Source(Protocol):
@@ -24,6 +26,26 @@ class Source(Protocol):
 
     @property
     def flat(self) -> torch.Tensor | memoryview | None: ...
+
+
+Column = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@runtime_checkable
+class SourceColumns(Protocol):
+    """Sources as columns (``capture.tensors.Sources``): those in host memory are copied without an object for each."""
+
+    @property
+    def addresses(self) -> Column: ...
+
+    @property
+    def sizes_bytes(self) -> Column: ...
+
+    @property
+    def pointers(self) -> Column: ...
+
+    @property
+    def device_rows(self) -> Column: ...
 
 
 class DeviceMap(Protocol):
@@ -61,8 +83,36 @@ def stage(sources: Sequence[Source], payload: torch.Tensor, base: int, end: int,
         sources: in address order, covering every byte of every chunk.
         payload: 1-D uint8 host memory; address ``base`` is its first byte.
     """
+    pending = begin(sources, payload, base, end, devices)
+    try:
+        for work in pending:
+            work.wait()
+    except BaseException:
+        settle(pending)
+        raise
+
+
+def begin(
+    sources: Sequence[Source],
+    payload: torch.Tensor,
+    base: int,
+    end: int,
+    devices: DeviceMap,
+    *,
+    in_background: bool = False,
+) -> list[Pending]:
+    """Like ``stage``, but return as soon as the devices' ``copy`` (``in_background``: their ``begin``) did.
+
+    When it raises, no copy is under way.
+    """
     by_device: dict[str, tuple[torch.device, list[Copy]]] = {}
-    for source in sources:
+    host = devices.of(torch.device("cpu"))
+    columns = sources if isinstance(sources, SourceColumns) and isinstance(host, CpuDevice) else None
+    if columns is not None and (in_background or native.core is not None):
+        others: Sequence[Source] = [sources[row] for row in columns.device_rows.tolist()]
+    else:
+        others, columns = sources, None
+    for source in others:
         low, high = max(source.address, base), min(source.address + source.size_bytes, end)
         if low >= high:
             continue
@@ -75,15 +125,42 @@ def stage(sources: Sequence[Source], payload: torch.Tensor, base: int, end: int,
         by_device.setdefault(str(part.device), (part.device, []))[1].append((target, part))
     pending: list[Pending] = []
     try:
-        for device, copies in by_device.values():
-            pending.append(devices.of(device).copy(copies))
-        for work in pending:
-            work.wait()
+        for name, copies in by_device.values():
+            device = devices.of(name)
+            pending.append(device.begin(copies) if in_background else device.copy(copies))
+        if columns is not None and isinstance(host, CpuDevice):
+            rows = _host_rows(columns, payload, base, end)
+            if in_background:
+                ranges = list(zip(*(row.tolist() for row in rows), strict=True))
+                for target, pointer, size in ranges:
+                    if not pointer:
+                        ctypes.memset(target, 0, size)
+                pending.append(host.begin_ranges([one for one in ranges if one[1]], sources))
+            else:
+                host.copy_columns(*(row.data for row in rows))
     except BaseException:
-        for work in pending:
-            with suppress(BaseException):  # whatever it is, the first error is the cause, and the others must end too
-                work.wait()
+        settle(pending)
         raise
+    return pending
+
+
+def _host_rows(sources: SourceColumns, payload: torch.Tensor, base: int, end: int) -> tuple[Column, Column, Column]:
+    """What to copy in host memory: destinations, sources (0: zeros) and sizes."""
+    lows = np.maximum(sources.addresses, base)
+    highs = np.minimum(sources.addresses + sources.sizes_bytes, end)
+    inside = highs > lows
+    inside[sources.device_rows] = False
+    if highs.max(initial=base, where=inside) - base > payload.numel():
+        raise ValueError(f"the bytes from {base} to {end} do not fit into {payload.numel()} bytes of memory")
+    pointers = np.where(sources.pointers != 0, sources.pointers + (lows - sources.addresses), 0)
+    return (lows + (payload.data_ptr() - base))[inside], pointers[inside], (highs - lows)[inside]
+
+
+def settle(pending: Sequence[Pending]) -> None:
+    """Wait until none of these copies writes any more, whatever else is wrong with them."""
+    for work in pending:
+        with suppress(BaseException):  # something else failed before and is the news; the others must end all the same
+            work.wait()
 
 
 def _as_tensor(memory: memoryview) -> torch.Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ciuic_async.errors import IntegrityError
 from ciuic_async.format.digest import Buffer
@@ -76,6 +76,31 @@ class Unpublished(Protocol):
 
     def discard(self) -> None:
         """Drop it. Never raises; may be called twice, and after ``publish`` does nothing."""
+
+
+class DirectFile(Protocol):
+    """A published file held open for many reads past the page cache. Any thread may read, several at once."""
+
+    def read_aligned(self, offset_bytes: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` (writable, contiguous) from ``offset_bytes``. Releases the GIL. Raises StoreError.
+
+        The offset, the buffer's length and its address are multiples of 4096. Where the file system has no reads past
+        its cache, this goes through it.
+
+        Returns:
+            How many bytes were read: fewer than asked for only where the content ends.
+        """
+
+    def close(self) -> None:
+        """Give the descriptor back; nobody may be reading. Idempotent. Happens by itself when it is dropped."""
+
+
+@runtime_checkable
+class DirectReads(Protocol):
+    """What a store may have besides: files that are opened once for many reads. Others are read by ``read_into``."""
+
+    def open_direct(self, name: str) -> DirectFile:
+        """Open a published file. Raises like ``Store.read_into``; the file belongs to the caller."""
 
 
 class Store(Protocol):

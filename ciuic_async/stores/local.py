@@ -26,9 +26,11 @@ from ciuic_async.errors import CommitConflictError, IntegrityError, InternalErro
 from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer, digest
 from ciuic_async.stores.advice import advice, store_error
-from ciuic_async.stores.base import Capabilities, Listed, Unpublished, check_name
+from ciuic_async.stores.base import Capabilities, DirectFile, Listed, Unpublished, check_name
 
 _MAX_DEPTH = 32  # folders below the root; the format needs 11
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_DIRECT_ALIGNMENT_BYTES = 4096
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -107,6 +109,16 @@ class LocalStore:
                     done += count
             finally:
                 _close(descriptor)
+
+    def open_direct(self, name: str) -> DirectFile:
+        with self._errors(name):
+            try:
+                descriptor, _ = self._open_file(name, _DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                descriptor, _ = self._open_file(name)  # a file system without reads past its cache
+            return _LocalDirectFile(self, name, descriptor)
 
     def size(self, name: str) -> int | None:
         try:
@@ -325,14 +337,15 @@ class LocalStore:
             _close(current)
             raise
 
-    def _open_file(self, name: str) -> tuple[int, int]:
+    def _open_file(self, name: str, flags: int = 0) -> tuple[int, int]:
         """Descriptor and size of a regular file. O_NONBLOCK: opening a pipe must not wait for its writer."""
         folder_name, _, base = check_name(name).rpartition("/")
         if folder_name == layout.TEMPORARY:
             raise FileNotFoundError(errno.ENOENT, "unpublished files are invisible")
         folder = self._folder(folder_name)
         try:
-            descriptor = os.open(base, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            flags |= os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(base, flags, dir_fd=folder)
         except OSError as error:
             if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device without a driver
                 raise IntegrityError(
@@ -451,6 +464,49 @@ class _LocalFile:
     def __del__(self) -> None:
         with suppress(Exception):
             self.discard()
+
+
+class _LocalDirectFile:
+    """An open file that is read past the page cache until the file system refuses that."""
+
+    def __init__(self, store: LocalStore, name: str, descriptor: int) -> None:
+        self._store = store
+        self._name = name
+        self._descriptor = descriptor
+        self._direct = True
+
+    def read_aligned(self, offset_bytes: int, buffer: memoryview) -> int:
+        buffer = buffer.cast("B")
+        done = 0
+        with self._store._errors(self._name):
+            while done < len(buffer):
+                direct = self._direct
+                try:
+                    count = os.preadv(self._descriptor, [buffer[done:]], offset_bytes + done)
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not direct:
+                        raise
+                    self._leave_direct()
+                    continue
+                done += count
+                if count == 0 or (direct and count % _DIRECT_ALIGNMENT_BYTES):
+                    break  # the content ends here: nothing else ends a direct read between two blocks
+        return done
+
+    def _leave_direct(self) -> None:
+        """Through the page cache from now on; several threads may come here for one refusal each."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+        self._direct = False
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            _close(descriptor)
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
 
 
 def _open_folder(part: str, parent: int) -> int:

@@ -1,4 +1,4 @@
-"""What every codec promises (ciuic_async/codecs/base.py), with the native core and without."""
+"""What every encoder promises (ciuic_async/codecs/base.py), with the native core and without."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ciuic_async.codecs import planes
-from ciuic_async.codecs.base import Codec
-from ciuic_async.codecs.choose import codec_for
+from ciuic_async.codecs import planes, transform
+from ciuic_async.codecs.auto import AutoEncoder
+from ciuic_async.codecs.base import Base, ChunkEncoder
+from ciuic_async.codecs.choose import encoder_for
 from ciuic_async.codecs.decode import decode
 from ciuic_async.codecs.planes import PlanesCodec, native_core
 from ciuic_async.codecs.raw import RawCodec
+from ciuic_async.codecs.smallest import SmallestEncoder
 from ciuic_async.errors import UsageError
 from ciuic_async.format import segment
 from ciuic_async.format.digest import digest
@@ -24,8 +26,11 @@ from ciuic_async.handoffs import EncodedChunk
 CORES = [pytest.param(None, id="plain")]
 if native_core() is not None:
     CORES.append(pytest.param(native_core(), id="native"))
-CODECS = [pytest.param(RawCodec(), id="raw")] + [
-    pytest.param(PlanesCodec(core=core.values[0]), id=f"planes-{core.id}") for core in CORES
+CODECS = [
+    pytest.param(lambda: RawCodec(), id="raw"),
+    pytest.param(lambda: AutoEncoder(), id="auto"),
+    *(pytest.param(lambda core=core: PlanesCodec(core=core.values[0]), id=f"planes-{core.id}") for core in CORES),
+    *(pytest.param(lambda core=core: SmallestEncoder(core=core.values[0]), id=f"smallest-{core.id}") for core in CORES),
 ]
 
 _random = np.random.default_rng(7)
@@ -48,8 +53,9 @@ CONTENTS = {
 
 
 @pytest.fixture(params=CODECS)
-def codec(request: pytest.FixtureRequest) -> Codec:
-    return request.param
+def codec(request: pytest.FixtureRequest) -> ChunkEncoder:
+    encoder: ChunkEncoder = request.param()
+    return encoder
 
 
 @pytest.fixture(params=CORES)
@@ -57,13 +63,14 @@ def decoding_core(request: pytest.FixtureRequest) -> ModuleType | None:
     return request.param
 
 
-def _encode(codec: Codec, raw: bytes, item_size: int) -> EncodedChunk:
-    return codec.encode(memoryview(raw), digest(raw), item_size)
+def _encode(codec: ChunkEncoder, raw: bytes, item_size: int, old: bytes | None = None) -> EncodedChunk:
+    base = None if old is None else Base(memoryview(old), digest(old), 0)
+    return codec.encode(memoryview(raw), digest(raw), item_size, ("model", "weight"), base)
 
 
 @pytest.mark.parametrize("content", CONTENTS)
 def test_decodes_to_the_same_bytes_whatever_decodes(
-    codec: Codec, decoding_core: ModuleType | None, content: str
+    codec: ChunkEncoder, decoding_core: ModuleType | None, content: str
 ) -> None:
     """What one implementation encodes, every implementation decodes to the same bytes; the header passes its checks."""
     raw, item_size = CONTENTS[content]
@@ -73,8 +80,8 @@ def test_decodes_to_the_same_bytes_whatever_decodes(
     assert header == chunk.header
     assert len(payload) == header.stored_size_bytes <= len(raw)
     out = bytearray(len(raw))
-    if header.codec == segment.CODEC_PLANES:
-        planes.decode(header.planes, payload, memoryview(out), decoding_core)
+    if header.codec != segment.CODEC_RAW:
+        planes.decode(header.planes, payload, memoryview(out), decoding_core, transform.of_record(header))
         assert out == raw
     out = bytearray(len(raw))
     decode(header, payload, memoryview(out))
@@ -85,18 +92,19 @@ def test_decodes_to_the_same_bytes_whatever_decodes(
 @given(data=st.data())
 def test_round_trip_of_anything(core: ModuleType | None, data: st.DataObject) -> None:
     """Any items of any size come back."""
+    encoder = data.draw(st.sampled_from([PlanesCodec(core=core), SmallestEncoder(core=core)]))
     item_size = data.draw(st.sampled_from(segment.ITEM_SIZES_BYTES))
     item = data.draw(st.binary(min_size=item_size, max_size=item_size))
     noise = data.draw(st.binary(max_size=600))
     raw = item * data.draw(st.integers(0, 400)) + noise[: len(noise) // item_size * item_size]
-    chunk = _encode(PlanesCodec(core=core), raw, item_size)
+    chunk = _encode(encoder, raw, item_size)
     out = bytearray(len(raw))
     decode(chunk.header, b"".join(chunk.payload), memoryview(out))
     assert out == raw
 
 
 @pytest.mark.parametrize("content", ["empty", "below the minimum", "noise"])
-def test_what_does_not_shrink_is_stored_as_it_is(codec: Codec, content: str) -> None:
+def test_what_does_not_shrink_is_stored_as_it_is(codec: ChunkEncoder, content: str) -> None:
     """No gain, no cost: the payload is a view of the chunk and not a copy."""
     raw, item_size = CONTENTS[content]
     view = memoryview(raw)
@@ -116,7 +124,7 @@ def test_weights_shrink(core: ModuleType | None) -> None:
         assert header.stored_size_bytes < 0.9 * header.raw_size_bytes
 
 
-def test_serves_several_threads(codec: Codec) -> None:
+def test_serves_several_threads(codec: ChunkEncoder) -> None:
     """One codec encodes in several threads at once, each chunk as if alone."""
     results: dict[int, bool] = {}
 
@@ -141,18 +149,40 @@ def test_serves_several_threads(codec: Codec) -> None:
 @pytest.mark.parametrize(
     ("raw", "item_size"), [(bytes(10), 4), (bytes(12), 3), (bytes(8), 0), (bytes((64 << 20) + 1), 1)]
 )
-def test_refuses_what_is_no_chunk(codec: Codec, raw: bytes, item_size: int) -> None:
+def test_refuses_what_is_no_chunk(codec: ChunkEncoder, raw: bytes, item_size: int) -> None:
     """Broken items, unknown item sizes and more than 64 MiB are the caller's mistake."""
     with pytest.raises(UsageError) as caught:
         _encode(codec, raw, item_size)
     assert caught.value.kind == "bad_chunk"
 
 
-def test_words_choose_codecs() -> None:
-    """ "auto" compresses where it pays, "raw" never, "smallest" is refused as not available, others as unknown."""
-    assert codec_for("auto").name == "planes"
-    assert codec_for("raw").name == "raw"
-    for name, kind in (("smallest", "not_available"), ("best", "unknown_codec")):
-        with pytest.raises(UsageError) as caught:
-            codec_for(name)
-        assert caught.value.kind == kind
+def test_words_choose_encoders() -> None:
+    """Users' words are the encoders' names; any other word is refused."""
+    for name in ("auto", "smallest", "raw"):
+        assert encoder_for(name).name == name
+    with pytest.raises(UsageError) as caught:
+        encoder_for("best")
+    assert caught.value.kind == "unknown_codec"
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_with_a_base_the_chunk_comes_back_too(codec: ChunkEncoder, content: str) -> None:
+    """Whatever is made of a base, the record passes its checks and decodes with that base; it is never larger."""
+    raw, item_size = CONTENTS[content]
+    old = bytes(byte ^ 1 if at % 97 == 0 else byte for at, byte in enumerate(raw))
+    alone = _encode(codec, raw, item_size).header.stored_size_bytes
+    chunk = _encode(codec, raw, item_size, old)
+    payload = b"".join(chunk.payload)
+    header = segment.parse_record_header(chunk.header.pack() + payload, "test")
+    assert header.stored_size_bytes <= alone
+    out = bytearray(len(raw))
+    decode(header, payload, memoryview(out), memoryview(old))
+    assert out == raw
+    if header.codec == segment.CODEC_DELTA:
+        assert (header.base, header.depth) == (digest(old), 1)
+
+
+def test_only_those_who_want_bases_ask_for_them() -> None:
+    """Fetching a base costs time: "raw" never asks, "smallest" always, "auto" not before it knows its store."""
+    wants = {name: encoder_for(name).wants_base(("model", "weight"), 4) for name in ("raw", "smallest", "auto")}
+    assert wants == {"raw": False, "smallest": True, "auto": False}

@@ -17,7 +17,8 @@ import pytest
 
 from ciuic_async.errors import CommitConflictError, IntegrityError, InternalError, NotFoundError
 from ciuic_async.format import layout
-from ciuic_async.stores.base import Store
+from ciuic_async.segments.scratch import AlignedMemory
+from ciuic_async.stores.base import DirectReads, Store
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.memory import MemoryStore
 
@@ -257,6 +258,51 @@ def test_names_outside_are_refused(store: Store, name: str, tmp_path: Path) -> N
             call()
         assert caught.value.kind == "bad_name"
     assert (tmp_path / "x").read_bytes() == b"outside"
+
+
+# --- direct reads: what a store may have besides ----------------------------------------------------------------------
+
+
+def _direct(store: Store) -> DirectReads:
+    if not isinstance(store, DirectReads):
+        pytest.skip("this store has no direct reads")
+    return store
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_direct_reads_show_the_same_bytes(store: Store) -> None:
+    """Blocks read past the cache are those that every other read shows, beside each other on several threads."""
+    name = layout.segment(A, 0, 0)
+    data = content(name, 16 * 4096)
+    store.create(name, data)
+    file = _direct(store).open_direct(name)
+
+    def read(first: int) -> bool:
+        buffer = AlignedMemory().take(4 * 4096)
+        count = file.read_aligned(first * 4096, buffer)
+        return bytes(buffer[:count]) == data[first * 4096 : (first + 4) * 4096]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, [*range(18), *range(18)]))
+    file.close()
+    file.close()
+    store.close()
+
+
+def test_direct_reads_of_what_is_not_there(store: Store) -> None:
+    """Opening for direct reads refuses what every other read refuses, with the same errors."""
+    direct = _direct(store)
+    with pytest.raises(NotFoundError) as caught:
+        direct.open_direct(layout.segment(A, 0, 0))
+    assert caught.value.kind == "no_file"
+    file = store.begin(layout.segment(A, 0, 1))
+    for name in ("", "/etc/passwd", "../x", "segments//x", "a\0b"):
+        with pytest.raises(IntegrityError) as refused:
+            direct.open_direct(name)
+        assert refused.value.kind == "bad_name"
+    with pytest.raises(NotFoundError):
+        direct.open_direct(layout.segment(A, 0, 1))
+    file.discard()
 
 
 # --- listing ----------------------------------------------------------------------------------------------------------

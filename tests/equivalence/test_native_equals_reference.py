@@ -5,19 +5,20 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ciuic_async import native
-from ciuic_async.codecs import byteplane
+from ciuic_async.codecs import byteplane, planes, transform
 from ciuic_async.codecs.planes import PlanesCodec
 from ciuic_async.codecs.raw import RawCodec
-from ciuic_async.format import layout
+from ciuic_async.format import layout, segment
 from ciuic_async.format.digest import digest
 from ciuic_async.handoffs import EncodedChunk
 from ciuic_async.options import WriteOptions
-from ciuic_async.segments.reader import check_segment
+from ciuic_async.segments.whole import check_segment
 from ciuic_async.segments.reference import build_segment
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.stores.base import Store
@@ -94,10 +95,35 @@ def test_planes_equal_those_of_numpy(data: bytes, item_size: int) -> None:
     """split and merge of the core and of plain Python give the same bytes."""
     assert native.core is not None
     items = data[: len(data) // item_size * item_size]
-    planes = bytearray(len(items))
-    native.core.split_planes(items, planes, item_size)
+    split = bytearray(len(items))
+    native.core.split_planes(items, split, item_size)
     pieces = byteplane.split_planes(items, item_size)
-    assert b"".join(pieces) == bytes(planes)
+    assert b"".join(pieces) == bytes(split)
     out = bytearray(len(items))
     byteplane.merge_planes(list(pieces), memoryview(out))
     assert out == items
+
+
+@pytest.mark.skipif(native.core is None, reason="the native core is not in use")
+@given(data=st.data(), item_size=st.sampled_from([1, 2, 4, 8, 16]), how=st.sampled_from([0, 1, 2, 3]))
+def test_transformed_planes_equal_those_of_numpy(data: st.DataObject, item_size: int, how: int) -> None:
+    """Transforms of the core and of plain Python give the same bytes, vector loops and their tails alike."""
+    assert native.core is not None
+    if how in (transform.DIFFERENCE, transform.ROTATED) and item_size not in segment.WORD_SIZES_BYTES:
+        return
+    count = data.draw(st.one_of(st.integers(0, 200), st.sampled_from([2047, 2048, 2049, 5000])))
+    random = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
+    raw = random.bytes(count * item_size)
+    base = random.bytes(count * item_size) if how in (transform.XOR, transform.DIFFERENCE) else None
+    expected = [bytes(p) for p in byteplane.split_planes(transform.forward(how, raw, base, item_size), item_size)]
+    out = bytearray(len(raw))
+    native.core.decode_planes(b"".join(expected), [(0, count)] * item_size, base, how, out)
+    assert out == raw  # the core's way back from numpy's way there
+    zeros = bytes(len(raw))
+    encoded = native.core.encode_planes(zeros, None if base is None else base, item_size, how, 0, 0)
+    if encoded is None:
+        return
+    directory, payload = encoded
+    plain = bytearray(len(raw))
+    planes.decode(tuple(directory), payload, memoryview(plain), None, how, None if base is None else memoryview(base))
+    assert plain == zeros  # and numpy's way back from the core's way there

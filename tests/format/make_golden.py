@@ -49,17 +49,20 @@ def records() -> list[tuple[segment.RecordHeader, bytes]]:
     return [raw[0], (header, planes(WEIGHT, 4)), *raw[1:]]
 
 
-def segment_file() -> tuple[bytes, list[segment.IndexEntry]]:
-    data = bytearray(segment.pack_file_header(SNAPSHOT, 0, 0))
+def segment_file(version: int = 1) -> tuple[bytes, list[segment.IndexEntry]]:
+    data = bytearray(segment.pack_file_header(SNAPSHOT, 0, 0, version))
+    digested = bytearray(data)
     index = []
     for header, payload in records():
         offset = segment.record_offset(len(data), header.size_bytes, header.codec, header.raw_size_bytes)
-        data += bytes(offset - len(data)) + header.pack() + payload
+        before = bytes(offset - len(data)) + header.pack()
+        data += before + payload
+        digested += before if version == 2 and header.codec == segment.CODEC_RAW else before + payload
         index.append(
             segment.IndexEntry(header.digest, offset, header.record_size_bytes, header.raw_size_bytes, header.codec)
         )
-    data += segment.pack_tail(len(data), index)
-    return bytes(data + digest(data)), index
+    tail = segment.pack_tail(len(data), index)
+    return bytes(data + tail + digest(digested + tail)), index
 
 
 def snapshot_manifest() -> manifest.Manifest:

@@ -15,6 +15,9 @@ from ciuic_async.format import entry, jsontext, layout, manifest, segment
 from ciuic_async.format import locator as locators
 from ciuic_async.format.chain_file import ChainFile
 from ciuic_async.format.digest import digest
+from ciuic_async.format.locator import SegmentReference
+from ciuic_async.segments.whole import check_segment
+from ciuic_async.stores.memory import MemoryStore
 
 HERE = Path(__file__).parent
 RECIPE = runpy.run_path(str(HERE / "make_golden.py"))
@@ -73,13 +76,30 @@ def test_golden_files_mean_what_was_put_in() -> None:
     assert manifest.assemble(root, [golden(layout.manifest_part(SNAPSHOT, 0))]) == RECIPE["snapshot_manifest"]()
     assert read_locator(golden(layout.locator(SNAPSHOT, 0))) == RECIPE["locator"]()
     header, trailer, index, headers = read_segment(golden(SEGMENT))
-    assert header == (SNAPSHOT, 0, 0)
+    assert header == (SNAPSHOT, 0, 0, 1)
     assert index == tuple(RECIPE["segment_file"]()[1])
     assert headers == tuple(made for made, _ in RECIPE["records"]())
     assert isinstance(trailer, segment.Trailer)
     assert trailer.digest == digest(golden(SEGMENT)[:-32])
     for kind in ENTRY_KINDS:
         assert entry.kind_of(entry.decode(golden(f"entries/{kind}.json"), 0)) == kind
+
+
+def test_segments_of_version_2_are_written_and_read() -> None:
+    """The same records in a segment of version 2: its digest leaves raw payloads out, and the check passes for both."""
+    written, _ = RECIPE["segment_file"](2)
+    assert written == (HERE / "golden" / "v2" / SEGMENT).read_bytes()
+    assert written[:8] + written[9:-32] == golden(SEGMENT)[:8] + golden(SEGMENT)[9:-32]  # but for version and digest
+    for data in (written, golden(SEGMENT)):
+        store = MemoryStore()
+        store.create(SEGMENT, data)
+        assert len(check_segment(store, SegmentReference(SEGMENT, len(data), data[-32:]))) == 4
+        other = data[:8] + bytes([3 - data[8]]) + data[9:]
+        store = MemoryStore()
+        store.create(SEGMENT, other)
+        with pytest.raises(IntegrityError) as caught:  # the rules of the other version do not fit
+            check_segment(store, SegmentReference(SEGMENT, len(other), other[-32:]))
+        assert caught.value.kind == "digest_mismatch"
 
 
 def test_the_golden_locator_leads_to_the_chunks() -> None:

@@ -373,7 +373,9 @@ def _huge_record(value: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "kind"),
     [
-        (put("schema", value="ciuic.dev/locator/v2"), "format_version"),
+        (put("schema", value="ciuic.dev/locator/v3"), "format_version"),
+        (put("schema", value="ciuic.dev/locator/v2"), "malformed"),
+        (put("bases", value=[]), "malformed"),
         (put("snapshot", value=OTHER), "malformed"),
         (put("generation", value=1), "malformed"),
         (put("extra", value=1), "malformed"),
@@ -402,12 +404,58 @@ def _huge_record(value: Any) -> None:
         (put("chunks", 0, value=[0, 64, 127, 0, 0]), "malformed"),
         (put("chunks", 0, value=[0, 64, 1 << 50, 0, 0]), "malformed"),
         (put("chunks", 0, value="row"), "malformed"),
+        (put("chunks", 0, 4, value=1), "malformed"),
+        (put("chunks", 0, 3, value=2), "malformed"),
+        (put("chunks", 0, value=[0, 64, 164, 2, 5]), "malformed"),
     ],
 )
 def test_locator(edit: Edit, kind: str) -> None:
     """Every row of a locator is checked: names, places inside their segment, and how many there are."""
     distinct = RECIPE["snapshot_manifest"]().distinct_chunks()
     check_refused(lambda: locators.decode(signed_again(edit), SNAPSHOT, 0, distinct), kind)
+
+
+BASE = "0b" * 32
+BASE_ROW = [BASE, 64, 0, 64, 164, 0, 0]
+
+
+def _with_bases(rows: Any) -> Edit:
+    def edit(value: Any) -> None:
+        value["schema"] = "ciuic.dev/locator/v2"
+        value["bases"] = rows
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        {},
+        ["row"],
+        [BASE_ROW[:6]],
+        [[*BASE_ROW, 0]],
+        [[BASE.upper(), *BASE_ROW[1:]]],
+        [[BASE[2:], *BASE_ROW[1:]]],
+        [[digest(RECIPE["WEIGHT"]).hex(), *BASE_ROW[1:]]],
+        [BASE_ROW, BASE_ROW],
+        [["0c" * 32, *BASE_ROW[1:]], BASE_ROW],
+        [[BASE, -1, *BASE_ROW[2:]]],
+        [[BASE, (64 << 20) + 1, *BASE_ROW[2:]]],
+        [[BASE, 64, 1, *BASE_ROW[3:]]],
+        [[BASE, 64, 0, 65, 164, 0, 0]],
+        [[BASE, 64, 0, 64, 4097, 0, 0]],
+        [[BASE, 64, 0, 64, 164, 2, 0]],
+        [[BASE, 64, 0, 64, 164, 1, 1]],
+        [[BASE, 64, 0, 64, 164, 2, 5]],
+    ],
+)
+def test_locator_bases(rows: Any) -> None:
+    """Every row of a locator's bases is checked, their order too, and none may be a chunk of the manifest."""
+    distinct = RECIPE["snapshot_manifest"]().distinct_chunks()
+    good = locators.decode(signed_again(_with_bases([BASE_ROW])), SNAPSHOT, 0, distinct)
+    assert good.bases[bytes.fromhex(BASE)][0] == 64
+    check_refused(lambda: locators.decode(signed_again(_with_bases(rows)), SNAPSHOT, 0, distinct), "malformed")
 
 
 def test_locator_that_does_not_match_its_digest() -> None:
@@ -499,10 +547,11 @@ def record(**changes: Any) -> bytes:
     """A raw record of 64 bytes packed by hand, with its checksum made to fit whatever ``changes`` say."""
     values: dict[str, Any] = {
         "magic": b"CREC", "size": 128, "codec": 0, "encryption": 0, "raw": 64, "stored": 64, "digest": b"d" * 32,
-        "base": bytes(32), "depth": 0, "item": 4, "planes": 0, "parameter": 0, "zero": bytes(24), "directory": b"",
+        "base": bytes(32), "depth": 0, "item": 4, "planes": 0, "parameter": 0, "method": 0, "zero": bytes(23),
+        "directory": b"",
     } | changes  # fmt: skip
     directory = values.pop("directory")
-    fixed = struct.pack("<4sHBBQQ32s32sHBBi24s", *values.values())
+    fixed = struct.pack("<4sHBBQQ32s32sHBBiB23s", *values.values())
     body = bytes(8) + directory
     checksum = digest(fixed + body)[:8]
     return fixed + values.get("checksum", checksum) + directory
@@ -513,6 +562,8 @@ def planes(*pairs: tuple[int, int], pad: bytes = bytes(3)) -> bytes:
 
 
 RAW4 = {"codec": 1, "planes": 4, "size": 192}
+DIRECTORY = planes((0, 16), (0, 16), (0, 16), (0, 16))
+DELTA4 = RAW4 | {"codec": 2, "base": b"b" * 32, "depth": 1, "method": 2, "directory": DIRECTORY}
 
 
 @pytest.mark.parametrize(
@@ -526,9 +577,9 @@ RAW4 = {"codec": 1, "planes": 4, "size": 192}
         (record(size=192), "bad_segment"),
         (record(planes=255), "bad_segment"),
         (record()[:-1] + b"\0", "checksum_mismatch"),
-        (record(codec=2), "unknown_codec"),
+        (record(codec=4), "unknown_codec"),
         (record(encryption=1), "unknown_encryption"),
-        (record(zero=bytes(23) + b"\1"), "bad_segment"),
+        (record(zero=bytes(22) + b"\1"), "bad_segment"),
         (record(raw=(64 << 20) + 4, stored=(64 << 20) + 4), "bad_segment"),
         (record(raw=2**64 - 4, stored=2**64 - 4), "bad_segment"),
         (record(item=0), "bad_segment"),
@@ -536,8 +587,22 @@ RAW4 = {"codec": 1, "planes": 4, "size": 192}
         (record(item=16, raw=60, stored=60), "bad_segment"),
         (record(stored=63), "bad_segment"),
         (record(stored=2**63), "bad_segment"),
-        (record(depth=1), "unknown_feature"),
-        (record(base=b"b" * 32), "unknown_feature"),
+        (record(depth=1), "bad_segment"),
+        (record(base=b"b" * 32), "bad_segment"),
+        (record(method=1), "bad_segment"),
+        (record(**RAW4 | {"depth": 1}, directory=DIRECTORY), "bad_segment"),
+        (record(**RAW4 | {"codec": 3, "method": 2}, directory=DIRECTORY), "bad_segment"),
+        (record(**DELTA4 | {"base": bytes(32)}), "bad_segment"),
+        (record(**DELTA4 | {"base": b"d" * 32}), "bad_segment"),
+        (record(**DELTA4 | {"depth": 0}), "bad_segment"),
+        (record(**DELTA4 | {"depth": 5}), "bad_segment"),
+        (record(**DELTA4 | {"depth": 65535}), "bad_segment"),
+        (record(**DELTA4 | {"method": 0}), "unknown_codec"),
+        (record(**DELTA4 | {"method": 3}), "unknown_codec"),
+        (record(**DELTA4 | {"planes": 0, "size": 128, "directory": b""}), "bad_segment"),
+        (record(**DELTA4 | {"item": 1, "planes": 1, "directory": planes((0, 64))}), "bad_segment"),
+        (record(**DELTA4 | {"item": 16, "planes": 16, "size": 256, "directory": bytes(128)}), "bad_segment"),
+        (record(**RAW4 | {"codec": 3, "item": 1, "planes": 1}, directory=planes((0, 64))), "bad_segment"),
         (record(planes=4, size=192, directory=planes((0, 16), (0, 16), (0, 16), (0, 16))), "bad_segment"),
         (record(codec=1), "bad_segment"),
         (record(codec=1, planes=2, size=192, directory=planes((0, 32), (0, 32))), "bad_segment"),
@@ -562,13 +627,17 @@ def test_record_headers_built_by_hand_are_read() -> None:
     split = segment.parse_record_header(record(**RAW4, stored=48, parameter=-50, directory=directory), "x.seg")
     assert split.planes == ((0, 16), (1, 7), (0, 16), (1, 9))
     assert (split.parameter, split.record_size_bytes) == (-50, 192 + 48)
+    delta = segment.parse_record_header(record(**DELTA4), "x.seg")
+    assert (delta.base, delta.depth, delta.method) == (b"b" * 32, 1, segment.DELTA_DIFFERENCE)
+    assert delta.pack() == record(**DELTA4)
+    assert segment.parse_record_header(record(**RAW4 | {"codec": 3}, directory=DIRECTORY), "x.seg").codec == 3
 
 
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
         ((b"CIUICSEX", 1, 0, 64, SNAPSHOT.encode(), 0, 0, bytes(20)), "bad_segment"),
-        ((b"CIUICSEG", 2, 0, 64, SNAPSHOT.encode(), 0, 0, bytes(20)), "format_version"),
+        ((b"CIUICSEG", 3, 0, 64, SNAPSHOT.encode(), 0, 0, bytes(20)), "format_version"),
         ((b"CIUICSEG", 1, 1, 64, SNAPSHOT.encode(), 0, 0, bytes(20)), "bad_segment"),
         ((b"CIUICSEG", 1, 0, 128, SNAPSHOT.encode(), 0, 0, bytes(20)), "bad_segment"),
         ((b"CIUICSEG", 1, 0, 64, b"../../../../etc/pass", 0, 0, bytes(20)), "bad_segment"),

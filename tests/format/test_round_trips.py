@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -292,24 +293,43 @@ def test_manifest(made: manifest.Manifest, part_target_bytes: int) -> None:
         assert len(encoded.parts) == max(1, len(made.trees) + len(made.packs) + len(made.tensors))
 
 
+CODECS_AND_DEPTHS = [(0, 0), (1, 0), (3, 0), *((2, depth) for depth in range(1, segment.MAX_DEPTH + 1))]
+
+
 @given(_manifests(), st.data())
 def test_locator(made: manifest.Manifest, data: st.DataObject) -> None:
-    """A locator of any manifest's chunks, over any number of segments, comes back equal."""
-    references = [
-        locators.SegmentReference(layout.segment(data.draw(IDS), 0, n), 1 << 40, data.draw(DIGESTS)) for n in range(3)
+    """A locator of any manifest's chunks, over any number of segments, with bases or without, comes back equal."""
+    *references, elsewhere = [
+        locators.SegmentReference(layout.segment(data.draw(IDS), 0, n), 1 << 40, data.draw(DIGESTS)) for n in range(4)
     ]
     chunks = {
         chunk: locators.ChunkLocation(
             data.draw(st.sampled_from(references)),
             64 * data.draw(st.integers(1, 1 << 30)),
             data.draw(st.integers(128, 256 + size)),
-            data.draw(st.sampled_from([0, 1])),
+            *data.draw(st.sampled_from(CODECS_AND_DEPTHS)),
         )
         for chunk, size in made.distinct_chunks().items()
     }
+    bases = {
+        chunk: (
+            size,
+            locators.ChunkLocation(
+                data.draw(st.sampled_from([*references, elsewhere])),
+                64 * data.draw(st.integers(1, 1 << 30)),
+                128 + size,
+                *data.draw(st.sampled_from(CODECS_AND_DEPTHS)),
+            ),
+        )
+        for chunk, size in data.draw(st.dictionaries(DIGESTS, st.integers(0, 64 << 20), max_size=4)).items()
+        if chunk not in chunks
+    }
     generation = data.draw(NUMBERS)
-    locator = locators.Locator(made.snapshot, generation, chunks)
+    locator = locators.Locator(made.snapshot, generation, chunks, bases)
     encoded = locator.encode()
+    assert (b'"ciuic.dev/locator/v2"' in encoded) == (b'"bases"' in encoded) == bool(bases)
+    assert {place.segment for _, place in bases.values()} <= set(locator.segments())
+    assert all(locator.place(base) == place for base, (_, place) in bases.items())
     back = locators.decode(encoded, made.snapshot, generation, made.distinct_chunks())
     assert back == locator
     assert list(back.chunks) == list(made.distinct_chunks())
@@ -384,7 +404,17 @@ def _headers(draw: st.DrawFn) -> segment.RecordHeader:
         for is_raw in raw_planes
     )
     stored = sum(size for _, size in directory)
-    return segment.RecordHeader(segment.CODEC_PLANES, raw, stored, draw(DIGESTS), item, directory, parameter)
+    codecs = [segment.CODEC_PLANES, segment.CODEC_DELTA]
+    methods = [segment.DELTA_XOR]
+    if item in segment.WORD_SIZES_BYTES:
+        codecs.append(segment.CODEC_ROTATED)
+        methods.append(segment.DELTA_DIFFERENCE)
+    made = segment.RecordHeader(draw(st.sampled_from(codecs)), raw, stored, draw(DIGESTS), item, directory, parameter)
+    if made.codec != segment.CODEC_DELTA:
+        return made
+    base = draw(DIGESTS.filter(lambda drawn: drawn not in (made.digest, ZERO_DIGEST)))
+    depth = draw(st.integers(1, segment.MAX_DEPTH))
+    return replace(made, base=base, depth=depth, method=draw(st.sampled_from(methods)))
 
 
 @given(_headers(), st.binary(max_size=8))
@@ -395,7 +425,7 @@ def test_record_headers(made: segment.RecordHeader, tail: bytes) -> None:
     assert len(data) % segment.ALIGNMENT_BYTES == 0
     assert struct.unpack_from("<H", data, 4)[0] == len(data)
     assert segment.parse_record_header(data + tail, "x") == made
-    assert made.base == ZERO_DIGEST
+    assert (made.base == ZERO_DIGEST) == (made.depth == 0) == (made.method == 0) == (made.codec != segment.CODEC_DELTA)
 
 
 @given(st.lists(_headers(), max_size=8), st.integers(0, 10**9 - 1))
@@ -418,7 +448,7 @@ def test_segments(headers: list[segment.RecordHeader], number: int) -> None:
     assert size % 4096 == 0
     trailer = segment.parse_trailer(tail[-64:], size, "x")
     assert segment.parse_index(tail[trailer.index_offset_bytes - position : -64], trailer, "x") == index
-    assert segment.parse_file_header(segment.pack_file_header("0" * 20, 3, number), "x") == ("0" * 20, 3, number)
+    assert segment.parse_file_header(segment.pack_file_header("0" * 20, 3, number), "x") == ("0" * 20, 3, number, 2)
 
 
 def test_a_mesh_comes_back() -> None:

@@ -12,9 +12,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ciuic_async.codecs import planes
+from ciuic_async.codecs import planes, transform
+from ciuic_async.codecs.base import Base
 from ciuic_async.codecs.decode import decode
-from ciuic_async.codecs.planes import PlanesCodec, native_core
+from ciuic_async.codecs.planes import Effort, PlanesCodec, encode_delta, native_core
 from ciuic_async.codecs.raw import RawCodec
 from ciuic_async.errors import CiuicError, FormatVersionError, IntegrityError
 from ciuic_async.format import layout, segment
@@ -23,7 +24,7 @@ from ciuic_async.format.locator import ChunkLocation, SegmentReference
 from ciuic_async.format.segment import PLANE_RAW, PLANE_ZSTD, RecordHeader
 from ciuic_async.handoffs import EncodedChunk
 from ciuic_async.pipeline.chunks import chunk_reader
-from ciuic_async.segments.reader import check_segment, scan_segment
+from ciuic_async.segments.whole import check_segment, scan_segment
 from ciuic_async.segments.reference import build_segment
 from ciuic_async.stores.memory import MemoryStore
 
@@ -40,6 +41,17 @@ def _chunk(raw: bytes, item_size: int = 1) -> EncodedChunk:
 
 RAW = [b"first", bytes(700), b"\x01\x02\x03\x04" * 300]
 SMALL = build_segment(SNAPSHOT, 0, 0, [_chunk(RAW[0]), _chunk(RAW[1]), _chunk(RAW[2], 4)])
+OLD, NEW = b"\x01\x02\x80\x3f" * 2000, b"\x03\x02\x80\x3f" * 2000
+
+
+def _delta(item_size: int) -> EncodedChunk:
+    base = Base(memoryview(OLD), digest(OLD), 1)
+    chunk = encode_delta(memoryview(NEW), digest(NEW), item_size, base, Effort(0, 0.08))
+    assert chunk is not None
+    return chunk
+
+
+WITH_DELTA = build_segment(SNAPSHOT, 0, 0, [_delta(4), _chunk(OLD, 2)])
 
 
 def _stored(content: bytes, path: str = PATH) -> tuple[MemoryStore, SegmentReference]:
@@ -48,22 +60,44 @@ def _stored(content: bytes, path: str = PATH) -> tuple[MemoryStore, SegmentRefer
     return store, SegmentReference(path, len(content), content[-DIGEST_SIZE_BYTES:])
 
 
+def _raw_payloads(content: bytes) -> list[tuple[int, int]]:
+    """Where the payloads lie that the digest at the end leaves out."""
+    trailer = segment.parse_trailer(content[-segment.TRAILER_BYTES :], len(content), PATH)
+    index = segment.parse_index(content[trailer.index_offset_bytes : -segment.TRAILER_BYTES], trailer, PATH)
+    ends = [(entry.offset_bytes + entry.record_size_bytes, entry) for entry in index]
+    return [(end - entry.raw_size_bytes, end) for end, entry in ends if entry.codec == segment.CODEC_RAW]
+
+
+LEFT_OUT = _raw_payloads(SMALL)
+
+
 def _resealed(content: bytes | bytearray) -> bytes:
-    """The file of a liar who can compute BLAKE3 too."""
-    return bytes(content[:-DIGEST_SIZE_BYTES]) + digest(bytes(content[:-DIGEST_SIZE_BYTES]))
+    """The file of a liar who can compute BLAKE3 too, made from ``SMALL``."""
+    body = bytearray(content[:-DIGEST_SIZE_BYTES])
+    digested = bytearray(body)
+    for start, end in reversed(LEFT_OUT):
+        del digested[start:end]
+    return bytes(body + digest(digested))
+
+
+def test_resealing_is_right() -> None:
+    """What the lies below are sealed with is the digest that the check computes."""
+    assert LEFT_OUT
+    assert _resealed(SMALL) == SMALL
 
 
 # --- whole segments ---------------------------------------------------------------------------------------------------
 
 
-def test_every_flipped_byte_is_found() -> None:
+@pytest.mark.parametrize("whole", [SMALL, WITH_DELTA])
+def test_every_flipped_byte_is_found(whole: bytes) -> None:
     """Whatever byte of a segment changes, the deep check fails with a typed error that names the segment."""
-    check_segment(*_stored(SMALL))
-    reference = SegmentReference(PATH, len(SMALL), SMALL[-DIGEST_SIZE_BYTES:])
+    check_segment(*_stored(whole))
+    reference = SegmentReference(PATH, len(whole), whole[-DIGEST_SIZE_BYTES:])
     missed = []
     places = set()
-    for at in range(len(SMALL)):
-        changed = bytearray(SMALL)
+    for at in range(len(whole)):
+        changed = bytearray(whole)
         changed[at] ^= 0x20
         store, _ = _stored(bytes(changed))
         try:
@@ -153,7 +187,7 @@ def test_records_that_the_index_hides_are_found() -> None:
     (first, _) = check_segment(store, reference)
     hidden = bytes(whole[:position]) + segment.pack_tail(position, [first])
     with pytest.raises(IntegrityError):
-        check_segment(*_stored(hidden + digest(hidden)))
+        check_segment(*_stored(_resealed(hidden + bytes(DIGEST_SIZE_BYTES))))
 
 
 @given(content=st.binary(max_size=6000), at=st.integers(0, len(SMALL)))
@@ -308,3 +342,48 @@ def test_decoder_checks_lengths_and_names_the_chunk() -> None:
             decode(chunk.header, payload, memoryview(bytearray(size)))
         assert (caught.value.kind, caught.value.where) == ("bad_payload", digest(raw).hex())
         assert isinstance(caught.value, CiuicError)
+
+
+# --- deltas -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item_size", [1, 2, 4, 16])
+def test_every_flipped_byte_of_a_delta_payload_is_found(item_size: int) -> None:
+    """A damaged payload of a delta is refused or decodes to bytes of another digest; the base is left alone."""
+    chunk = _delta(item_size)
+    payload = b"".join(chunk.payload)
+    base = bytearray(OLD)
+    out = bytearray(len(NEW))
+    decode(chunk.header, payload, memoryview(out), memoryview(base))
+    assert out == NEW
+    for at in range(len(payload)):
+        damaged = bytearray(payload)
+        damaged[at] ^= 0x04
+        out = bytearray(len(NEW))
+        with suppress(IntegrityError):
+            decode(chunk.header, damaged, memoryview(out), memoryview(base))
+        assert digest(out) != chunk.header.digest
+    assert base == OLD
+
+
+def test_a_wrong_base_gives_another_digest() -> None:
+    """A base of the right length that is not the one meant decodes to bytes that the caller's digest check refuses."""
+    chunk = _delta(4)
+    for at in range(0, len(OLD), 7):
+        wrong = bytearray(OLD)
+        wrong[at] ^= 1
+        out = bytearray(len(NEW))
+        decode(chunk.header, b"".join(chunk.payload), memoryview(out), memoryview(wrong))
+        assert digest(out) != chunk.header.digest
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("how", [transform.XOR, transform.DIFFERENCE, transform.ROTATED])
+@pytest.mark.parametrize("name", FRAMES)
+def test_bad_frames_of_transformed_planes_are_refused(core: ModuleType | None, how: int, name: str) -> None:
+    """The table of bad frames holds for deltas and rotated planes too."""
+    frame = FRAMES[name]
+    directory = ((PLANE_RAW, SIZE), (PLANE_ZSTD, len(frame)))
+    base = None if how == transform.ROTATED else memoryview(bytes(2 * SIZE))
+    with pytest.raises(ValueError, match="zstd plane"):
+        planes.decode(directory, bytes(SIZE) + frame, memoryview(bytearray(2 * SIZE)), core, how, base)

@@ -361,12 +361,8 @@ def test_listeners_and_callbacks_cannot_harm(tmp_path: Path) -> None:
 
 
 UNBUILT: list[dict[str, Any]] = [
-    {"overhead_budget": 0.02},
-    {"staging": "overlap"},
-    {"frozen": ("model.*",)},
     {"preemption": True},
     {"keeper": True},
-    {"mtbf_s": 3600.0},
 ]
 WRONG: list[dict[str, Any]] = [
     {"staging": "sometimes"},
@@ -376,6 +372,9 @@ WRONG: list[dict[str, Any]] = [
     {"every_steps": 0},
     {"every_seconds": -1.0},
     {"every_epochs": 0},
+    {"overhead_budget": 1.5},
+    {"mtbf_s": 0},
+    {"frozen": "model.*"},
     {"host_memory_bytes": 1000},
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import ciuic_async.native
+from ciuic_async.codecs import transform
 from ciuic_async.format import segment
 
 core = ciuic_async.native.core
@@ -22,6 +23,10 @@ pytestmark = pytest.mark.skipif(core is None, reason="the native core is not in 
         ("MAX_ITEM_BYTES", max(segment.ITEM_SIZES_BYTES)),
         ("PLANE_RAW", segment.PLANE_RAW),
         ("PLANE_ZSTD", segment.PLANE_ZSTD),
+        ("TRANSFORM_NONE", transform.NONE),
+        ("TRANSFORM_XOR", segment.DELTA_XOR),
+        ("TRANSFORM_DIFFERENCE", segment.DELTA_DIFFERENCE),
+        ("TRANSFORM_ROTATED", transform.ROTATED),
     ],
 )
 def test_constants_equal_those_of_the_format(native: str, python: int) -> None:

@@ -1,4 +1,4 @@
-"""copy_many and touch."""
+"""copy_many, copy_columns and touch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import signal
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -46,6 +47,57 @@ def test_copies_exactly_the_ranges(sizes: list[int], skew: tuple[int, int], thre
     assert np.array_equal(target, expected)
 
 
+@given(
+    sizes=st.lists(
+        st.tuples(st.one_of(st.integers(0, 9000), st.integers(250_000, 1_300_000)), st.booleans()), max_size=9
+    ),
+    skew=st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    threads=st.integers(1, 5),
+)
+def test_columns_copy_and_fill_exactly_the_ranges(
+    sizes: list[tuple[int, bool]], skew: tuple[int, int], threads: int
+) -> None:
+    """From columns, too: what has a source arrives, what has none is zeros, and no byte beside them changes."""
+    total = sum(size for size, _ in sizes)
+    source = _noise(total + skew[0])
+    gap = 3
+    target = np.full(total + gap * (len(sizes) + 1) + skew[1], 0xA5, dtype=np.uint8)
+    expected = target.copy()
+    rows = []
+    read, write = skew[0], skew[1] + gap
+    for size, has_source in sizes:
+        rows.append((target.ctypes.data + write, source.ctypes.data + read if has_source else 0, size))
+        expected[write : write + size] = source[read : read + size] if has_source else 0
+        read, write = read + size, write + size + gap
+    columns = np.array(rows, dtype=np.int64).reshape(len(rows), 3).T.copy()
+    core.copy_columns(*columns, threads)
+    assert np.array_equal(target, expected)
+
+
+def test_a_big_hole_is_filled_by_all_threads() -> None:
+    """A range of zeros is cut for several threads like any other."""
+    target = np.full((9 << 20) + 5, 0xA5, dtype=np.uint8)
+    core.copy_columns(*(array("Q", [number]) for number in (target.ctypes.data, 0, len(target))), 4)
+    assert not target.any()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        (b"", b"", bytes(8)),
+        (bytes(8), bytes(8), bytes(16)),
+        (bytes(7), bytes(7), bytes(7)),
+        ([1], [2], [3]),
+        (np.zeros((2, 2), np.int64)[:, 0], bytes(16), bytes(16)),
+    ],
+    ids=["one is longer", "one is longer still", "no whole numbers", "lists", "not contiguous"],
+)
+def test_refuses_what_are_no_columns(columns: tuple[object, object, object]) -> None:
+    """Columns of different length, or no arrays, are a Python error before any byte is copied."""
+    with pytest.raises((ValueError, TypeError, BufferError)):
+        core.copy_columns(*columns, 1)
+
+
 def test_many_threads_for_one_range() -> None:
     """One big odd range, cut for more threads than there are cores, arrives whole."""
     source = _noise((17 << 20) + 13)
@@ -65,6 +117,8 @@ def test_refuses_no_threads() -> None:
     """Zero threads is the caller's mistake."""
     with pytest.raises(ValueError, match="at least 1"):
         core.copy_many([], 0)
+    with pytest.raises(ValueError, match="at least 1"):
+        core.copy_columns(b"", b"", b"", 0)
 
 
 def test_threads_are_joined_and_the_signal_mask_is_restored() -> None:
@@ -98,6 +152,11 @@ def _copy() -> None:
     core.copy_many([(_TARGET.ctypes.data, _SOURCE.ctypes.data, BIG)], 1)
 
 
+def _copy_columns() -> None:
+    columns = ([_TARGET.ctypes.data], [_SOURCE.ctypes.data], [BIG])
+    core.copy_columns(*(array("Q", column) for column in columns), 1)
+
+
 def _touch() -> None:
     memory = ctypes.create_string_buffer(1 << 20)
     for _ in range(50):
@@ -111,12 +170,12 @@ _OUT = memoryview(_TARGET)[: 64 << 20]
 
 
 def _encode() -> None:
-    assert core.encode_planes(_CHUNK, 4, -50, 80, 1 << 15) is not None
+    assert core.encode_planes(_CHUNK, None, 4, core.TRANSFORM_NONE, -50, 80) is not None
 
 
 def _decode() -> None:
-    directory, payload = core.encode_planes(_CHUNK, 4, -50, 80, 1 << 15)
-    core.decode_planes(payload, directory, _OUT)
+    directory, payload = core.encode_planes(_CHUNK, None, 4, core.TRANSFORM_NONE, -50, 80)
+    core.decode_planes(payload, directory, None, core.TRANSFORM_NONE, _OUT)
 
 
 @pytest.mark.usefixtures("_only_voluntary_switches")
@@ -124,13 +183,14 @@ def _decode() -> None:
     "call",
     [
         _copy,
+        _copy_columns,
         _touch,
         lambda: core.split_planes(_CHUNK, _OUT, 8),
         lambda: core.merge_planes(_CHUNK, _OUT, 8),
         _encode,
         _decode,
     ],
-    ids=["copy_many", "touch", "split_planes", "merge_planes", "encode_planes", "decode_planes"],
+    ids=["copy_many", "copy_columns", "touch", "split_planes", "merge_planes", "encode_planes", "decode_planes"],
 )
 def test_releases_the_gil(call: Callable[[], object]) -> None:
     """While the core works another Python thread runs: without that, none could before the call returns."""

@@ -278,9 +278,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     ),
     depth=st.integers(1, 3),
 )
-def test_what_is_lent_and_what_is_copied_arrive_in_order(
-    pieces: list[tuple[bool, int, int, int]], depth: int
-) -> None:
+def test_what_is_lent_and_what_is_copied_arrive_in_order(pieces: list[tuple[bool, int, int, int]], depth: int) -> None:
     """Lending is appending: whatever is mixed, of whatever alignment and length, the file holds the same bytes."""
     memory = mmap.mmap(-1, 128 * PAGE)
     memory[:] = bytes(range(256)) * (128 * PAGE // 256)

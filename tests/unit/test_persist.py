@@ -108,6 +108,29 @@ def test_a_parent_that_is_pruned_just_before_the_claim_is_not_leaned_on(
         assert chain.verify().ok
 
 
+def test_a_delta_to_a_parent_that_is_pruned_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prune between writing and claiming takes the base away: the delta is replaced, the snapshot reads back."""
+    state = {"w": torch.randn(300_000)}
+    with Checkpointer(tmp_path / "chain", state, rng=False, codec="smallest") as ckpt:
+        ckpt.save().wait_durable(30)
+        state["w"].mul_(1 + 1e-6)
+
+        def prune() -> None:
+            with SnapshotChain(tmp_path / "chain") as other:
+                other.prune(KeepNothing())
+
+        pause_publishing(monkeypatch, "root.json", prune)
+        second = ckpt.save().wait_durable(30)
+        where = second.resolve().locator
+        assert where.generation == 1
+        assert [place.depth for place in where.chunks.values()] == [0]
+        assert torch.equal(second.load()["w"], state["w"])
+        state["w"].mul_(1 + 1e-6)
+        third = ckpt.save().wait_durable(30)
+        assert [place.depth for place in third.resolve().locator.chunks.values()] == [1]
+        assert torch.equal(third.load()["w"], state["w"])
+
+
 def test_a_windowed_snapshot_whose_parent_vanished_fails_and_the_next_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,12 @@ from ciuic_async.codecs.raw import RawCodec
 from ciuic_async.errors import IntegrityError
 from ciuic_async.format import layout, segment
 from ciuic_async.format.digest import digest
-from ciuic_async.format.locator import ChunkLocation
+from ciuic_async.format.locator import ChunkLocation, Locator
+from ciuic_async.format.segment import RecordHeader
+from ciuic_async.handoffs import EncodedChunk
 from ciuic_async.pipeline.chunks import chunk_reader
-from ciuic_async.segments.reader import check_segment, scan_segment
+from ciuic_async.segments.reader import SegmentReader
+from ciuic_async.segments.whole import check_segment, scan_segment
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.stores.memory import MemoryStore
 
@@ -44,7 +48,9 @@ def locations(store: MemoryStore) -> dict[bytes, ChunkLocation]:
         writer.append(codec.encode(memoryview(raw), digest(raw), 4 if len(raw) % 4 == 0 else 1))
     finished = writer.finish()
     store.publish(finished.files)
-    assert {location.codec for location in finished.locations.values()} == {segment.CODEC_RAW, segment.CODEC_PLANES}
+    codecs = {location.codec for location in finished.locations.values()}
+    assert segment.CODEC_RAW in codecs
+    assert len(codecs) > 1
     return finished.locations
 
 
@@ -165,3 +171,94 @@ def test_scan_goes_on_behind_damage(store: MemoryStore, locations: dict[bytes, C
     _change(store, locations[lost].offset_bytes + 10, b"\xff")
     found = {header.digest for header, _ in scan_segment(store, PATH)}
     assert found == set(locations) - {lost}
+
+
+# --- deltas -----------------------------------------------------------------------------------------------------------
+
+VERSIONS = [np.random.default_rng(number).bytes(10_000) for number in range(segment.MAX_DEPTH + 1)]
+"""Each is stored as what changed since the one before."""
+
+
+def _delta(raw: bytes, base: bytes, depth: int) -> EncodedChunk:
+    changed = (np.frombuffer(raw, np.uint8) ^ np.frombuffer(base, np.uint8)).tobytes()
+    planes = ((segment.PLANE_RAW, len(raw)),)
+    header = RecordHeader(
+        segment.CODEC_DELTA, len(raw), len(raw), digest(raw), 1, planes, 0, digest(base), depth, segment.DELTA_XOR
+    )
+    return EncodedChunk(header, (changed,))
+
+
+@pytest.fixture
+def versions(store: MemoryStore) -> dict[bytes, ChunkLocation]:
+    """A chunk as it is, and ``MAX_DEPTH`` deltas on top of each other; where their records lie."""
+    writer = SegmentWriter(store, SNAPSHOT)
+    writer.append(RawCodec().encode(memoryview(VERSIONS[0]), digest(VERSIONS[0]), 1))
+    for depth in range(1, len(VERSIONS)):
+        writer.append(_delta(VERSIONS[depth], VERSIONS[depth - 1], depth))
+    finished = writer.finish()
+    store.publish(finished.files)
+    return {digest(raw): replace(finished.locations[digest(raw)], depth=depth) for depth, raw in enumerate(VERSIONS)}
+
+
+def _reader(
+    store: MemoryStore, chunks: Mapping[bytes, ChunkLocation], bases: Mapping[bytes, ChunkLocation]
+) -> SegmentReader:
+    sizes = dict.fromkeys(chunks, len(VERSIONS[0]))
+    beside = {chunk: (len(VERSIONS[0]), place) for chunk, place in bases.items()}
+    return chunk_reader(store, where=Locator(SNAPSHOT, 0, dict(chunks), beside), sizes=sizes)
+
+
+@pytest.mark.parametrize("depth", range(len(VERSIONS)))
+@pytest.mark.parametrize("whose", ["the snapshot's own", "beside it"])
+def test_deltas_are_followed_to_their_base(
+    store: MemoryStore, versions: dict[bytes, ChunkLocation], depth: int, whose: str
+) -> None:
+    """A chunk of any depth comes back whole, whether its bases are chunks of the snapshot or only there for it."""
+    wanted = digest(VERSIONS[depth])
+    below = {chunk: place for chunk, place in versions.items() if chunk != wanted}
+    own = versions if whose == "the snapshot's own" else {wanted: versions[wanted]}
+    with _reader(store, own, {} if own is versions else below) as reader:
+        for _ in range(2):
+            assert reader.read_chunk(wanted, len(VERSIONS[depth]), versions[wanted]) == VERSIONS[depth]
+
+
+def test_base_that_nobody_knows_is_missing(store: MemoryStore, versions: dict[bytes, ChunkLocation]) -> None:
+    """A delta without a place for its base is an error of its own kind, at every level and without any locator."""
+    for missing in (0, 1):
+        known = {chunk: place for chunk, place in versions.items() if chunk != digest(VERSIONS[missing])}
+        for reader in (_reader(store, {}, known), chunk_reader(store)):
+            with pytest.raises(IntegrityError) as caught:
+                reader.read_chunk(digest(VERSIONS[2]), len(VERSIONS[2]), versions[digest(VERSIONS[2])])
+            assert (caught.value.kind, caught.value.where) == ("missing_base", PATH)
+
+
+@pytest.mark.parametrize("stand_in", [1, 2, 3])
+def test_depths_fall_one_by_one(store: MemoryStore, versions: dict[bytes, ChunkLocation], stand_in: int) -> None:
+    """A base of another depth than one less is refused: what a locator says can never become a circle."""
+    known = {**versions, digest(VERSIONS[1]): versions[digest(VERSIONS[stand_in])]}
+    known[digest(VERSIONS[1])] = replace(known[digest(VERSIONS[1])], depth=max(stand_in, 2))
+    with pytest.raises(IntegrityError) as caught:
+        _reader(store, {}, known).read_chunk(digest(VERSIONS[2]), len(VERSIONS[2]), versions[digest(VERSIONS[2])])
+    assert (caught.value.kind, caught.value.where) == ("bad_base", PATH)
+
+
+@pytest.mark.parametrize("depth", range(3))
+def test_damage_below_a_delta_is_found_and_told_where_it_is(
+    store: MemoryStore, versions: dict[bytes, ChunkLocation], depth: int
+) -> None:
+    """One bit at any level makes the chunk on top an error that names the damaged record, and never wrong bytes."""
+    damaged = versions[digest(VERSIONS[depth])]
+    _change(store, damaged.offset_bytes + damaged.record_size_bytes - 1, b"\x00")
+    _change(store, damaged.offset_bytes + damaged.record_size_bytes - 2, b"\x00")
+    with pytest.raises(IntegrityError, match=f"record at {damaged.offset_bytes}: ") as caught:
+        _reader(store, {}, versions).read_chunk(digest(VERSIONS[2]), len(VERSIONS[2]), versions[digest(VERSIONS[2])])
+    assert caught.value.kind == "digest_mismatch"
+
+
+def test_base_of_another_length_is_refused(store: MemoryStore, versions: dict[bytes, ChunkLocation]) -> None:
+    """What a locator says of a base's size is held against the base's own record."""
+    places = {chunk: (len(VERSIONS[0]) - 1, place) for chunk, place in versions.items()}
+    reader = chunk_reader(store, where=Locator(SNAPSHOT, 0, {}, places))
+    with pytest.raises(IntegrityError) as caught:
+        reader.read_chunk(digest(VERSIONS[1]), len(VERSIONS[1]), versions[digest(VERSIONS[1])])
+    assert caught.value.kind == "wrong_record"

@@ -17,7 +17,7 @@ from ciuic_async.format.segment import RecordHeader
 from ciuic_async.handoffs import EncodedChunk
 from ciuic_async.options import WriteOptions
 from ciuic_async.pipeline.chunks import chunk_reader
-from ciuic_async.segments.reader import check_segment
+from ciuic_async.segments.whole import check_segment
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore

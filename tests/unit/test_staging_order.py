@@ -8,10 +8,12 @@ two broken variants leave one wait out: what holds for the right device must fai
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,19 +25,28 @@ from ciuic_async.staging.device import Copy, CpuDevice, CudaDevice, Pending
 from ciuic_async.staging.stager import stage
 
 
-@dataclass
 class Event:
-    happened: bool = False
+    """Something that happens once; background threads may wait for it."""
+
+    def __init__(self) -> None:
+        self._set = threading.Event()
+
+    @property
+    def happened(self) -> bool:
+        return self._set.is_set()
 
     def happen(self) -> None:
-        self.happened = True
+        self._set.set()
+
+    def sleep_until(self) -> None:
+        assert self._set.wait(60), "a copy that a background thread waits for never happens"
 
 
 @dataclass
 class Work:
     """Something a stream does, once the event it waits for has happened."""
 
-    action: Callable[[], None]
+    action: Callable[[], object]
     after: Event | None = None
 
 
@@ -46,18 +57,25 @@ class LateDevice:
         choose: given how many streams could go on, which one does.
         sees_the_past: copies wait for what training queued before (leaving this out is a bug).
         waits_for_copies: ``wait`` returns when the copies are done (leaving this out is a bug).
+        orders_training: ``order`` lets the training stream wait for the copies (leaving this out is a bug).
     """
 
     def __init__(
-        self, choose: Callable[[int], int], *, sees_the_past: bool = True, waits_for_copies: bool = True
+        self,
+        choose: Callable[[int], int],
+        *,
+        sees_the_past: bool = True,
+        waits_for_copies: bool = True,
+        orders_training: bool = True,
     ) -> None:
         self._choose = choose
+        self._orders_training = orders_training
         self._sees_the_past = sees_the_past
         self._waits_for_copies = waits_for_copies
         self._compute: deque[Work] = deque()
         self._streams: list[deque[Work]] = [self._compute]
 
-    def launch(self, kernel: Callable[[], None]) -> None:
+    def launch(self, kernel: Callable[[], object]) -> None:
         """Training queues a kernel on its stream."""
         self._compute.append(Work(kernel))
 
@@ -72,6 +90,14 @@ class LateDevice:
             self._streams.append(stream)
             done.append(finished)
         return _Waiting(self, done if self._waits_for_copies else [])
+
+    def begin(self, copies: Sequence[Copy]) -> Pending:
+        return self.copy(copies)
+
+    def order(self, events: Sequence[Event]) -> None:
+        """What training queues from now on waits for the events; the host does not."""
+        if self._orders_training:
+            self._compute.extend(Work(Event().happen, event) for event in events)
 
     def pin(self, memory: torch.Tensor) -> bool:
         return False
@@ -98,8 +124,19 @@ class _Waiting:
     events: list[Event]
 
     def wait(self) -> None:
+        if threading.current_thread() is not threading.main_thread():  # the device is driven by one thread alone
+            for event in self.events:
+                event.sleep_until()
         while not all(event.happened for event in self.events):
             assert self.device.do_one(), "a copy waits for ever"
+
+    def order(self) -> bool:
+        self.device.order(self.events)
+        return all(event.happened for event in self.events)
+
+    def advance(self) -> bool:
+        self.wait()
+        return False
 
 
 class OneDevice:
@@ -210,6 +247,12 @@ class _BrokenWait:
         self.waited += 1
         raise RuntimeError(self._error)
 
+    def order(self) -> bool:
+        return False
+
+    def advance(self) -> bool:
+        return False
+
 
 @dataclass
 class Breaking:
@@ -222,6 +265,9 @@ class Breaking:
 
     def copy(self, copies: Sequence[Copy]) -> Pending:
         return self.pending[""]
+
+    def begin(self, copies: Sequence[Copy]) -> Pending:
+        return self.copy(copies)
 
     def pin(self, memory: torch.Tensor) -> bool:
         return False
@@ -252,10 +298,10 @@ class CudaCalls:
     """Number of cudaHostRegister calls that work."""
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("device", "stream"):
+        for name in ("device", "stream", "is_current_stream_capturing"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         for name in ("Stream", "Event", "current_stream", "cudart"):
-            monkeypatch.setattr(torch.cuda, name, lambda: self)
+            monkeypatch.setattr(torch.cuda, name, lambda *_, **__: self)
         zeros = torch.zeros
 
         def launch(size: int, device: torch.device) -> torch.Tensor:
@@ -263,6 +309,13 @@ class CudaCalls:
             return zeros(size)
 
         monkeypatch.setattr(torch, "zeros", launch)
+
+    def is_current_stream_capturing(self) -> bool:
+        return False
+
+    def query(self) -> bool:
+        self._note("query")
+        return False
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
@@ -303,6 +356,18 @@ def test_a_gpu_whose_copy_cannot_be_queued_is_waited_for(monkeypatch: pytest.Mon
     assert cuda.calls == ["record", "wait_event", "synchronize"]
 
 
+def test_the_gate_of_a_gpu_makes_the_stream_wait_and_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind queued copies ``order`` calls wait_event of the current stream and nothing that blocks."""
+    cuda = CudaCalls()
+    copies = [(torch.zeros(100, dtype=torch.uint8), torch.ones(100, dtype=torch.uint8))]
+    cuda.install(monkeypatch)
+    pending = CudaDevice(torch.device("cuda", 1)).begin(copies)
+    assert cuda.calls == ["record", "wait_event", "record"]
+    assert not pending.order()
+    assert cuda.calls[3:] == ["wait_event", "query"]
+    assert cuda.devices == [torch.device("cuda", 1)] * 2
+
+
 def test_refused_pinning_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges that were registered are undone, the thread's last error is cleared, all on the device itself."""
 
@@ -331,13 +396,79 @@ def test_a_training_run_on_a_late_device(host_memory_bytes: int | None, tmp_path
     device = LateDevice(random.Random(1).randrange)
     weight = torch.zeros(3_000_000)
     with Checkpointer(tmp_path / "chain", {"w": weight}, rng=False, host_memory_bytes=host_memory_bytes) as ckpt:
-        ckpt._devices = OneDevice(device)  # type: ignore[assignment]
+        ckpt._taker.devices = OneDevice(device)  # type: ignore[assignment]
         pendings = []
         for _ in range(4):
             for _ in range(3):
-                device.launch(lambda: weight.add_(1))  # type: ignore[arg-type]
+                device.launch(lambda: weight.add_(1))
             pendings.append(ckpt.save())
-        device.launch(lambda: weight.fill_(-1))  # type: ignore[arg-type]
+        device.launch(lambda: weight.fill_(-1))
         device.synchronize()
         for number, pending in enumerate(pendings):
             assert torch.equal(pending.wait_durable(60).load()["w"], torch.full_like(weight, 3.0 * (number + 1)))
+
+
+# --- overlap: the gate orders training behind the copies --------------------------------------------------------------
+
+
+class LateSGD(torch.optim.Optimizer):
+    """An optimizer whose kernels are queued, and leave no trace in version counters, as fused ones."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor], device: LateDevice) -> None:
+        super().__init__(parameters, {})
+        self._device = device
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._device.launch(lambda p=parameter: p.data.add_(1))  # type: ignore[misc]
+
+
+def _overlapped_snapshots_are_right(device: LateDevice, folder: Path, *, finish: bool) -> bool:
+    """Train with kernels queued far ahead of the device; whether every snapshot holds its own step.
+
+    ``plain`` is changed by training right after save(): it is ordered without any gate.
+    """
+    weight, plain = torch.nn.Parameter(torch.zeros(60_000)), torch.zeros(60_000)
+    optimizer = LateSGD([weight], device)
+    pendings = []
+    with Checkpointer(folder, {"w": {"w": weight, "p": plain}}, rng=False, staging="overlap", codec="raw") as ckpt:
+        ckpt._taker.devices = OneDevice(device)  # type: ignore[assignment]
+        for number in range(1, 4):
+            optimizer.step()
+            device.launch(partial(plain.fill_, number))
+            pending = ckpt.save()
+            assert pending.phase == "staging", "the host waits for nothing"
+            device.launch(partial(plain.fill_, -1))
+            optimizer.step()
+            optimizer.step()
+            if finish:
+                device.synchronize()
+            pendings.append(pending)
+        optimizer.step()
+        device.synchronize()
+        loaded = [pending.wait_durable(60).load()["w"] for pending in pendings]
+    assert bool((weight == 10).all()), "training itself is in order"
+    return all(
+        bool((state["w"] == 3 * number + 1).all() and (state["p"] == number + 1).all())
+        for number, state in enumerate(loaded)
+    )
+
+
+@pytest.mark.parametrize("finish", [False, True], ids=["queued ahead", "in step"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_gate_orders_training_behind_the_copies(order: str, finish: bool, tmp_path: Path) -> None:
+    """Neither save() nor the gate waits on the host, and no kernel that is queued later reaches the snapshot."""
+    for seed in range(3):
+        device = LateDevice(ORDERS[order](seed))
+        assert _overlapped_snapshots_are_right(device, tmp_path / str(seed), finish=finish)
+
+
+def test_a_gate_that_orders_nothing_is_found_out(tmp_path: Path) -> None:
+    """Without the stream's wait some order gives a wrong snapshot: the test above would see it."""
+    devices = [LateDevice(make(1), orders_training=False) for make in ORDERS.values()]
+    right = [
+        _overlapped_snapshots_are_right(device, tmp_path / str(number), finish=True)
+        for number, device in enumerate(devices)
+    ]
+    assert not all(right)

@@ -1,0 +1,1 @@
+"""What the questions in ``bench/`` share: contenders, measuring, intervals, result files."""
