@@ -34,7 +34,7 @@ class WriteOptions:
     """Threads that digest and encode: a quarter of the machine, for training needs the rest."""
     niceness: int = 10
     """Of the threads that digest and encode. On idle cores it costs nothing; against a busy core it gets a tenth. At
-    19, and with SCHED_IDLE, a thread may sit on Python's lock while it waits long for a core, and training waits too."""
+    19, or with SCHED_IDLE, a thread may hold Python's lock while it waits for a core, and training waits with it."""
     patience_s: float = 1.0
     """How long a snapshot is made durable in time that training leaves over; then at normal priority."""
     patience_fraction: float = 0.2

@@ -269,18 +269,26 @@ class SlotPool:
             self._drop(free.pop())
 
         slot = free.pop() if free else None
-        if slot is not None and slot.retained and len(self._slots) < plan.count and self.held_bytes + size <= bound:
-            slot = None  # there is room for another
         growth = size if slot is None else max(size - slot.size_bytes, 0)
         while growth and free and self.held_bytes + growth > bound:
             self._drop(free.pop(0))
         if growth and self.held_bytes + growth > bound:
             return None
 
-        if slot is None:
-            slot = Slot(size)
-            self._slots.append(slot)
-        else:
+        another = slot is None
+        if slot is not None and slot.retained and len(self._slots) < plan.count and self.held_bytes + size <= bound:
+            another = True  # its bytes may still be of use, and there is room
+        if another:
+            try:
+                fresh = Slot(size)
+            except (StoreError, OSError):
+                if slot is None:
+                    raise
+            else:
+                self._slots.append(fresh)
+                slot = fresh
+        assert slot is not None
+        if slot in self._free:
             self._free.remove(slot)
         slot.forget()
         try:

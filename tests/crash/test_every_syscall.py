@@ -22,7 +22,7 @@ from tests.crash.faults import LONG, Fault, Forge, Outcome, check, fast_folder, 
 CHANGES = ("write", "fsync", "link", "rename", "unlink", "mkdir", "rmdir")
 """Calls that change the disk: killing the process between two of them leaves the same disk wherever it happens."""
 
-TRACED = ("pwrite64", "write", "fsync", "fdatasync", "linkat", "renameat", "renameat2", "openat", "mkdirat", "unlinkat",
+TRACED = ("pwritev", "write", "fsync", "fdatasync", "linkat", "renameat", "renameat2", "openat", "mkdirat", "unlinkat",
           "fallocate", "ftruncate")  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if LONG else 240)]
@@ -205,7 +205,7 @@ def traced_calls(module_bench: tuple[Bench, Path], tmp_path_factory: pytest.Temp
     most: Counter[str] = Counter()
     for (_, name), count in by_thread.items():
         most[name] = max(most[name], count)
-    assert most["pwrite64"], "the native writer was not traced"
+    assert most["pwritev"], "the native writer was not traced"
     return most
 
 
@@ -219,8 +219,8 @@ def test_a_system_call_that_fails_once_costs_one_snapshot_at_most(
     bench: Bench, traced_calls: Counter[str], error: str, samples: int
 ) -> None:
     """As above for every system call, those of the native writer included."""
-    names = TRACED if error == "EIO" else ("pwrite64", "linkat", "openat", "mkdirat", "fallocate", "renameat")
-    first = [("pwrite64", 1)]
+    names = TRACED if error == "EIO" else ("pwritev", "linkat", "openat", "mkdirat", "fallocate", "renameat")
+    first = [("pwritev", 1)]
     for name, number in dict.fromkeys([*first, *plan(traced_calls, names, samples)]):
         inject = f"inject={name}:error={error}:when={number}"
         chain, outcome = bench.save(native=True, trace=("-o", "/dev/null", "-e", f"trace={name}", "-e", inject))
@@ -228,7 +228,7 @@ def test_a_system_call_that_fails_once_costs_one_snapshot_at_most(
         assert outcome.status == 0, f"{inject}: {outcome.lines}"
         assert "internal" not in outcome.failed.values(), f"{inject}: {outcome.lines}"
         check(chain, outcome.durable, save_again=number % 4 == 1)
-        if (name, number) == ("pwrite64", 1):
+        if (name, number) == ("pwritev", 1):
             assert sorted(outcome.failed) == [3, 4, 5], f"every native writer's first write failed: {outcome.lines}"
         shutil.rmtree(chain)
 
@@ -245,7 +245,7 @@ def test_a_kill_at_a_system_call_loses_nothing(bench: Bench, traced_calls: Count
 
 def test_an_interrupted_system_call_is_repeated(bench: Bench, traced_calls: Counter[str]) -> None:
     """EINTR is no failure."""
-    for name, number in plan(traced_calls, ("pwrite64", "write", "fsync", "openat"), 8):
+    for name, number in plan(traced_calls, ("pwritev", "write", "fsync", "openat"), 8):
         inject = f"inject={name}:error=EINTR:when={number}"
         chain, outcome = bench.save(native=True, trace=("-o", "/dev/null", "-e", f"trace={name}", "-e", inject))
         assert outcome.status == 0, f"{inject}: {outcome.lines}"
@@ -256,8 +256,8 @@ def test_an_interrupted_system_call_is_repeated(bench: Bench, traced_calls: Coun
 
 def test_a_write_that_lies_is_caught_by_a_digest(bench: Bench, traced_calls: Counter[str]) -> None:
     """A disk that reports a write it never made: verify names every snapshot hit, and loading it is an error."""
-    inject = "inject=pwrite64:retval=4096:when=1"  # the first 4096 bytes of each segment stay zero
-    chain, outcome = bench.save(native=True, trace=("-o", "/dev/null", "-e", "trace=pwrite64", "-e", inject))
+    inject = "inject=pwritev:retval=4096:when=1"  # the first 4096 bytes of each segment stay zero
+    chain, outcome = bench.save(native=True, trace=("-o", "/dev/null", "-e", "trace=pwritev", "-e", inject))
     assert {1, 2, 3, 4} <= set(outcome.durable)
     with SnapshotChain(chain, create=False) as opened:
         hit = {problem.snapshot for problem in opened.verify().problems}

@@ -18,8 +18,8 @@ from ciuic_async.format import layout, segment
 from ciuic_async.format.digest import digest
 from ciuic_async.handoffs import EncodedChunk
 from ciuic_async.options import WriteOptions
-from ciuic_async.segments.whole import check_segment
 from ciuic_async.segments.reference import build_segment
+from ciuic_async.segments.whole import check_segment
 from ciuic_async.segments.writer import SegmentWriter
 from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore

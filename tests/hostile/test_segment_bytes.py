@@ -24,8 +24,8 @@ from ciuic_async.format.locator import ChunkLocation, SegmentReference
 from ciuic_async.format.segment import PLANE_RAW, PLANE_ZSTD, RecordHeader
 from ciuic_async.handoffs import EncodedChunk
 from ciuic_async.pipeline.chunks import chunk_reader
-from ciuic_async.segments.whole import check_segment, scan_segment
 from ciuic_async.segments.reference import build_segment
+from ciuic_async.segments.whole import check_segment, scan_segment
 from ciuic_async.stores.memory import MemoryStore
 
 SNAPSHOT = "0123456789abcdef0123"

@@ -139,7 +139,7 @@ class Loop:
             self._some_copying()
             self.step += 1
             number = self._copy()
-            self.ckpt._every_steps = 1 if self.draw.random() < 0.85 else None
+            self.ckpt._schedule._every_steps = 1 if self.draw.random() < 0.85 else None
             self._take(self.ckpt.step(metrics={"copy": number}))
             if self.draw.random() < 0.1:  # a second one, while the first is under way
                 self._take(self.ckpt.save(metrics={"copy": self._copy()}))

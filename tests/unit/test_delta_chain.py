@@ -45,7 +45,7 @@ def _train(chain: Path, weights: torch.Tensor, count: int, **options: object) ->
 
 
 def test_small_changes_are_stored_as_deltas_of_bounded_depth(chain_folder: Path) -> None:
-    """Each snapshot leans on the one before, until the depth is reached; then one stands alone. All read back exactly."""
+    """Each snapshot leans on the one before, until the depth is reached; then one stands alone. All read back."""
     states = _train(chain_folder, _weights(), 12)
     with SnapshotChain(chain_folder) as chain:
         depths = []
@@ -154,7 +154,7 @@ def test_raw_never_asks_for_a_base(chain_folder: Path) -> None:
         assert {place.codec for place in second.resolve().locator.chunks.values()} == {segment.CODEC_RAW}
 
 
-# --- the parts ---------------------------------------------------------------------------------------------------------
+# --- the parts --------------------------------------------------------------------------------------------------------
 
 REFERENCE = SegmentReference("segments/" + "0" * 20 + "/0-0.seg", 1 << 20, b"\1" * 32)
 

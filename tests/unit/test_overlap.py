@@ -204,7 +204,7 @@ def test_without_a_step_of_the_optimizer_everything_is_copied_at_once(run: Run) 
 
 def test_a_skipped_scaler_step_is_no_evidence(run: Run) -> None:
     """After a step that GradScaler skipped the snapshot is copied at once; the next is not."""
-    run.ckpt._every_steps = 1
+    run.ckpt._schedule._every_steps = 1
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     run.state["scaler"] = scaler
     for bad, lazily in ((False, True), (True, False), (False, True)):
@@ -338,7 +338,7 @@ def test_a_torn_snapshot_and_a_due_one_are_one(tmp_path: Path) -> None:
 
 def test_training_that_always_tears_is_copied_at_once_in_the_end(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     """After three discarded snapshots in a row staging blocks, and says so once."""
-    run.ckpt._every_steps = 1
+    run.ckpt._schedule._every_steps = 1
     phases = []
     for _ in range(12):
         run.train()

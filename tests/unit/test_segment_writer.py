@@ -160,7 +160,7 @@ def test_interrupted_append_fails_for_good(store: Store) -> None:
     """Half a record is in the file: later calls refuse instead of pretending."""
     writer = SegmentWriter(store, SNAPSHOT)
     strided = memoryview(b"a-b-c-")[::2]  # as long as the header says, but no run of bytes
-    with pytest.raises(BufferError):
+    with pytest.raises((BufferError, TypeError)):
         writer.append(EncodedChunk(_chunk(b"abc").header, (strided,)))
     for call in (lambda: writer.append(_chunk(b"x")), writer.finish):
         with pytest.raises(InternalError) as caught:
