@@ -23,6 +23,7 @@ from ciuic_async.pipeline.capture_stage import WindowQueue
 from ciuic_async.pipeline.frozen import FrozenDigests
 from ciuic_async.pipeline.history import Line
 from ciuic_async.pipeline.persist import Persisted, Persister, SaveRequest
+from ciuic_async.pipeline.workers import OrderedWorkers
 from ciuic_async.retention.policy import Policy
 from ciuic_async.staging.slots import SlotPool
 
@@ -67,6 +68,8 @@ class BackgroundWriter:
         self._listener = listener
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self.digesters = OrderedWorkers(WRITE.digest_threads, "ciuic-digest", lambda: None)
+        """Threads that help the training thread where it digests what it staged; started when it first does."""
         self._stats: deque[SnapshotStats] = deque(maxlen=STATS_KEPT)
         self._mutex = threading.Lock()
         self._swept = False
@@ -151,8 +154,7 @@ class BackgroundWriter:
             if self._ends_itself:
                 return
             thread.join()
-        self._persister.close()
-        self._pool.close()
+        self._end()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -170,8 +172,12 @@ class BackgroundWriter:
                     self._idle.notify_all()
             del job  # while waiting for the next one nothing of this one is kept alive
         if self._ends_itself:
-            self._persister.close()
-            self._pool.close()
+            self._end()
+
+    def _end(self) -> None:
+        self.digesters.close()
+        self._persister.close()
+        self._pool.close()
 
     def _write(self, job: Job) -> None:
         try:

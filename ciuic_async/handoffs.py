@@ -136,6 +136,8 @@ class StagedWindow:
     base: int
     chunks: tuple[PlannedChunk, ...]
     memory: memoryview
+    digests: tuple[bytes, ...] | None = None
+    """Of the chunks, where staging computed them; else the writer does."""
 
     def bytes_of(self, chunk: PlannedChunk) -> memoryview:
         start = chunk.address - self.base

@@ -32,6 +32,8 @@ class WriteOptions:
     """Buffers per writer: bounds its memory to 16 MiB."""
     encode_threads: int = max(1, min(8, (os.cpu_count() or 1) // 4))
     """Threads that digest and encode: a quarter of the machine, for training needs the rest."""
+    digest_threads: int = max(0, min(8, os.cpu_count() or 1) - 1)
+    """Threads beside training's own that digest while it stands still, where it keeps all processors busy otherwise."""
     niceness: int = 10
     """Of the threads that digest and encode. On idle cores it costs nothing; against a busy core it gets a tenth. At
     19, or with SCHED_IDLE, a thread may hold Python's lock while it waits for a core, and training waits with it."""

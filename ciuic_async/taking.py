@@ -222,6 +222,7 @@ class Taker:
                 first=slot,
                 timeout_s=self._options.busy_timeout_s or WINDOW_TIMEOUT_S,
                 mark=mark,
+                digester=self._writer.digesters if self._digests_at_once(captured) else None,
             )
         except BaseException as error:
             windows.abandon(
@@ -237,6 +238,14 @@ class Taker:
         notify(self._listener, Event("stage", request.snapshot, job.stats.raw_bytes, now - staging_started))
         if not plan.windowed:
             self._writer.submit(job)
+
+    def _digests_at_once(self, captured: Captured) -> bool:
+        """Whether digesting belongs to staging: where training keeps every processor busy.
+
+        It would cost training its time later all the same, and then on one processor while the others wait for it at
+        their next barrier; here all of them digest at once.
+        """
+        return not len(captured.sources.device_rows) and idle_processors() <= 0
 
     # --- while training goes on -------------------------------------------------------------------------------------
 

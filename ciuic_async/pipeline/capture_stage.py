@@ -5,13 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ciuic_async.capture.state_tree import Captured
 from ciuic_async.errors import CiuicError, SaveFailedError
+from ciuic_async.format.digest import digest
 from ciuic_async.handoffs import PlannedChunk, StagedWindow
+from ciuic_async.pipeline.workers import OrderedWorkers
 from ciuic_async.staging.budget import SlotPlan, plan_slots
 from ciuic_async.staging.device import Devices, Pending
 from ciuic_async.staging.retained import Retained
@@ -114,6 +116,7 @@ def stage_windows(
     first: Slot,
     timeout_s: float | None,
     mark: Callable[[Slot], None],
+    digester: OrderedWorkers | None = None,
 ) -> None:
     """Copy a captured state into slots, window after window. Blocks; when it returns all is staged.
 
@@ -123,6 +126,7 @@ def stage_windows(
         first: a slot already acquired; owned by ``output`` from the first ``put`` on.
         timeout_s: for each further slot, which the writer must free.
         mark: writes the slot's header.
+        digester: to digest the chunks here too, the caller helping its threads, rather than on the writer's thread.
 
     Raises:
         SaveFailedError: kind ``staging_timeout`` when no slot came free in time, ``writer_failed`` when the writer gave
@@ -145,7 +149,11 @@ def stage_windows(
             end = chunks[-1].address + chunks[-1].size_bytes
             stage(captured.sources, slot.payload(), base, end, devices)
             mark(slot)
-            if not output.put(StagedWindow(base, chunks, slot.memory), slot):
+            window = StagedWindow(base, chunks, slot.memory)
+            if digester is not None:
+                raws = map(window.bytes_of, chunks)
+                window = replace(window, digests=tuple(digester.map(digest, raws, deadline_s=0.0)))
+            if not output.put(window, slot):
                 raise _writer_failed()
             slot = None
     finally:

@@ -216,7 +216,8 @@ class Persister:
         encoder, kinds = self._encoder, _kinds(request.plan)
         regions, remembered = request.plan.regions, request.remembered
 
-        def work(chunk: PlannedChunk) -> tuple[PlannedChunk, bytes, EncodedChunk | None]:
+        def work(numbered: tuple[int, PlannedChunk]) -> tuple[PlannedChunk, bytes, EncodedChunk | None]:
+            number, chunk = numbered
             if chunk.region in remembered:
                 at = (chunk.address - regions[chunk.region].address) // request.plan.chunk_size_bytes
                 chunk_digest = remembered[chunk.region][at * DIGEST_SIZE_BYTES :][:DIGEST_SIZE_BYTES]
@@ -224,7 +225,7 @@ class Persister:
                     raise _gone(regions[chunk.region])
                 return chunk, chunk_digest, None
             raw = window.bytes_of(chunk)
-            chunk_digest = digest(raw)
+            chunk_digest = digest(raw) if window.digests is None else window.digests[number]
             if chunk_digest in known:
                 return chunk, chunk_digest, None
             kind = kinds[chunk.region]
@@ -233,7 +234,7 @@ class Persister:
             with finder.base(chunk) as base:
                 return chunk, chunk_digest, encoder.encode(raw, chunk_digest, chunk.item_size_bytes, kind, base)
 
-        yield from self._workers.map(work, window.chunks, deadline_s=request.deadline_s)
+        yield from self._workers.map(work, enumerate(window.chunks), deadline_s=request.deadline_s)
 
 
 def _gone(region: Region) -> StoreError:

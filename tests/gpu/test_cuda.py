@@ -184,3 +184,29 @@ def test_devices_pin_with_the_driver_in_use() -> None:
     """Once CUDA is in use, slots are pinned through it."""
     torch.zeros(1, device=CUDA)
     assert isinstance(Devices().for_pinning(), CudaDevice)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_is_copied_behind_training_is_the_step_it_says(tmp_path: Path, fused: bool) -> None:
+    """staging="overlap": the optimizer's stream waits for the copies, the host does not, and no snapshot is torn."""
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)).to(CUDA)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    state = {"model": model, "optimizer": optimizer}
+    with Checkpointer(tmp_path / "chain", state, staging="overlap", rng=False, on_error="raise") as ckpt:
+        for number in range(12):
+            model(torch.randn(256, 1024, device=CUDA)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ckpt._schedule._every_steps = 1 if number % 3 == 2 else None
+            expected = (
+                fingerprint({name: part.state_dict() for name, part in state.items()}) if number % 3 == 2 else None
+            )
+            pending = ckpt.step()
+            if pending is None:
+                continue
+            for _ in range(2):  # the copies run beside these
+                model(torch.randn(256, 1024, device=CUDA)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert fingerprint(pending.wait_durable(60).load(map_location=CUDA)) == expected
+        assert sum(stats.torn_retries for stats in ckpt.stats()) == 0

@@ -27,6 +27,8 @@ from ciuic_async import (
     StoreError,
     UsageError,
 )
+from ciuic_async.format.digest import digest
+from ciuic_async.options import WRITE
 from ciuic_async.stores.base import Unpublished
 from ciuic_async.stores.local import LocalStore
 
@@ -616,3 +618,32 @@ def test_before_update_is_harmless(tmp_path: Path) -> None:
         ckpt.step()
         ckpt.before_update()
     assert _steps(tmp_path / "chain") == [1]
+
+
+@pytest.mark.parametrize("idle", [0, 1])
+def test_digests_made_at_once_or_behind_are_the_same(
+    tmp_path: Path, idle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On busy processors staging digests, else the writer does: manifest, dedup and bytes are the same."""
+    monkeypatch.setattr("ciuic_async.taking.idle_processors", lambda: idle)
+    state = {"a": torch.randn(2_000_000), "b": torch.zeros(10), "c": torch.randn(300_000)}
+    with Checkpointer(tmp_path / "chain", state, rng=False, codec="raw") as ckpt:
+        first = ckpt.save().wait_durable(60)
+        state["c"].add_(1)
+        second = ckpt.save().wait_durable(60)
+        digesting = [thread for thread in threading.enumerate() if thread.name.startswith("ciuic-digest")]
+        assert bool(digesting) is (idle == 0 and WRITE.digest_threads > 0)
+        manifest = second.resolve().manifest
+        expected = [
+            digest(data)
+            for tensor in (state["a"], state["c"])
+            for data in _pieces(tensor.numpy().tobytes(), manifest.tensors[0].shards[0].chunk_size_bytes)
+        ]
+        found = [chunk for tensor in manifest.tensors for shard in tensor.shards for chunk in shard.chunk_digests()]
+        assert found == expected
+        assert second.stored_bytes < first.stored_bytes / 4
+        assert all(torch.equal(second.load()[name], value) for name, value in state.items())
+
+
+def _pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
