@@ -318,6 +318,7 @@ class Checkpointer:
         self._overlap.give_up()
         self._writer.wait_idle()
         self._overlap.gate.forget_loading()
+        self._writer.frozen.forget()  # also when it fails half way: tensors may have changed
         if ref != "latest":
             return self._restored(self._chain.get(ref), strict, ())
         skipped: list[tuple[str, str]] = []
@@ -351,7 +352,6 @@ class Checkpointer:
         self._step = step if isinstance(step, int) else 0
         self._epoch, self._batch = decode_plain(nodes.epoch), decode_plain(nodes.batch)
         self._schedule.restored(self._epoch)
-        self._writer.frozen.forget()
         self._writer.parent = Parent(snapshot.id, snapshot.leaf_hash, resolved.locator.chunks)
         differences = training.environment_differences(resolved.manifest.environment, training.environment())
         if differences:
@@ -374,16 +374,16 @@ class Checkpointer:
         torn = self._overlap.take_torn()
         self._schedule.taken(scheduled=due, again=torn is not None)
         if torn is None:
-            pending, retries = PendingSnapshot(self._step), 0
+            pending, before = PendingSnapshot(self._step), None
             pending.add_done_callback(partial(_report, self._schedule, self._writer, time.perf_counter()))
         else:
-            pending, retries = torn.job.pending, torn.job.stats.torn_retries
+            pending, before = torn.job.pending, torn.job.stats
             pending.step = self._step
             request = torn.job.request
             metrics = dict(request.metrics) if metrics is None else metrics
             tags = tuple(dict.fromkeys((*request.tags, *tags)))
-        self._taker.take(Moment(self._step, self._epoch, self._batch, metrics, tags), pending, seen, retries)
-        if not self._taker.was_skipped(pending) or retries:
+        self._taker.take(Moment(self._step, self._epoch, self._batch, metrics, tags), pending, seen, before)
+        if not self._taker.was_skipped(pending) or before is not None:
             if pending not in self._unfinished:
                 self._unfinished.append(pending)
             if pending.phase == FAILED:

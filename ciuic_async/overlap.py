@@ -122,6 +122,8 @@ class Overlap:
     def take_torn(self) -> Torn | None:
         """What must be taken again now; it is the caller's from here on."""
         torn, self._torn = self._torn, None
+        if torn is not None:
+            torn.job.pending.drive = None  # whoever waits for it has nothing to drive any more
         return torn
 
     def give_up(self) -> None:
@@ -208,11 +210,15 @@ class Overlap:
         job.staged_s = time.perf_counter()
         flight.slot.mark(STAGED, step=request.step, snapshot=request.snapshot, regions=request.plan.regions)
         job.windows.put(StagedWindow(0, flight.chunks, flight.slot.memory), flight.slot)
-        job.windows.end()
-        self.torn_in_a_row = 0
-        job.pending.drive = None
-        job.pending.staged()
-        notify(self._listener, Event("stage", request.snapshot, job.stats.raw_bytes, stage_s))
+        try:
+            job.windows.end()
+            self.torn_in_a_row = 0
+            job.pending.drive = None
+            job.pending.staged()
+            notify(self._listener, Event("stage", request.snapshot, job.stats.raw_bytes, stage_s))
+        except BaseException:  # Ctrl-C; the writer will not hear of it, so the slot goes back from here
+            job.windows.release_all(self._pool)
+            raise
         self._writer.submit(job)
         self._forget(flight)  # last: who finds no flight may rely on the writer having it
 

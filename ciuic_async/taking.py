@@ -123,20 +123,25 @@ class Taker:
         except Exception as error:  # no snapshot is due: whatever it is will be reported when one is
             logger.warning("the state cannot be captured as it is now: %s", error)
 
-    def take(self, moment: Moment, pending: PendingSnapshot, seen: list[Optimizer], torn_retries: int = 0) -> None:
+    def take(
+        self, moment: Moment, pending: PendingSnapshot, seen: list[Optimizer], before: SnapshotStats | None = None
+    ) -> None:
         """Take a snapshot. What is wrong with the state or the machine makes ``pending`` fail; it is not raised.
 
         On return training may go on: everything is copied, or protected by the gate. No other is being copied.
 
         Args:
             seen: the optimizers whose steps the gate saw since the last call of ``step``; others are not protected.
-            torn_retries: how often this snapshot was discarded; then staging blocks.
+            before: what the attempts cost that were discarded, if there were any; then staging blocks.
         """
         started = time.perf_counter()
         self._prepared = True  # slots are made right now, if there are none yet
-        stats = SnapshotStats(moment.step, "", torn_retries=torn_retries)
+        stats = SnapshotStats(moment.step, "")
+        if before is not None:
+            seen = []
+            stats = replace(stats, stall_s=before.stall_s, gate_s=before.gate_s, torn_retries=before.torn_retries)
         try:
-            self._take(moment, pending, [] if torn_retries else seen, stats, started)
+            self._take(moment, pending, seen, stats, started)
         except CiuicError as error:
             self._failed(pending, error, stats, started)
         except Exception as error:
@@ -148,6 +153,9 @@ class Taker:
                 failure = InternalError(f"capturing the state failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             self._failed(pending, failure, stats, started)
+        except BaseException as error:  # Ctrl-C: the loop hears of it, and the snapshot does not hang for ever
+            self._failed(pending, SaveFailedError(f"taking it was interrupted: {error!r}"), stats, started)
+            raise
 
     def was_skipped(self, pending: PendingSnapshot) -> bool:
         """Whether nothing was taken because the writer is busy, and the user wants to hear nothing of it."""
@@ -224,18 +232,21 @@ class Taker:
                 mark=mark,
                 digester=self._writer.digesters if self._digests_at_once(captured) else None,
             )
-        except BaseException as error:
+            now = time.perf_counter()
+            self._blocking_copy_s = now - staging_started
+            stall_s = job.stats.stall_s + now - started
+            job.stats = replace(job.stats, stall_s=stall_s, stage_s=now - staging_started)
+            job.staged_s = now
+            windows.end()
+            job.pending.staged()
+            notify(self._listener, Event("stage", request.snapshot, job.stats.raw_bytes, now - staging_started))
+        except BaseException as error:  # Ctrl-C, too
             windows.abandon(
                 error if isinstance(error, CiuicError) else SaveFailedError(f"staging was interrupted: {error!r}")
             )
+            if not plan.windowed:  # no writer knows of it
+                windows.release_all(self._pool)
             raise
-        now = time.perf_counter()
-        self._blocking_copy_s = now - staging_started
-        job.stats = replace(job.stats, stall_s=now - started, stage_s=now - staging_started)
-        job.staged_s = now
-        windows.end()
-        job.pending.staged()
-        notify(self._listener, Event("stage", request.snapshot, job.stats.raw_bytes, now - staging_started))
         if not plan.windowed:
             self._writer.submit(job)
 
@@ -258,7 +269,7 @@ class Taker:
         except BaseException:
             self._pool.release(slot)
             raise
-        job.stats = replace(job.stats, stall_s=time.perf_counter() - started)
+        job.stats = replace(job.stats, stall_s=job.stats.stall_s + time.perf_counter() - started)
         self._overlap.take_off(Flight(job, slot, chunks, works, watch, began))
 
     def _watch(self, seen: list[Optimizer]) -> Watch | None:
@@ -311,7 +322,7 @@ class Taker:
         else:
             logger.error("snapshot of step %s failed: %s", pending.step, error)
         forget_locals(error)
-        self._writer.record(replace(stats, stall_s=time.perf_counter() - started))
+        self._writer.record(replace(stats, stall_s=stats.stall_s + time.perf_counter() - started))
         pending.failed(error, seen=quiet)
 
 

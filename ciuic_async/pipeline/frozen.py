@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 
-from ciuic_async.format.manifest import Path
-from ciuic_async.handoffs import CapturePlan, Region
+from ciuic_async.handoffs import CapturePlan
 
 
 class FrozenDigests:
@@ -17,34 +16,34 @@ class FrozenDigests:
 
     The training thread asks which regions need no copy; the writer learns them with every durable snapshot, and
     forgets them when one fails: then the next snapshot copies everything again.
+
+    They hold for plans of the same structure alone (the plan cache gives those the same objects): values may stay as
+    they are while strides, dtypes or the members of a pack change, and with them the bytes.
     """
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._known: dict[tuple[Path, int, int], bytes] = {}
+        self._plan: CapturePlan | None = None
+        self._known: dict[int, bytes] = {}
 
     def known(self, plan: CapturePlan) -> dict[int, bytes]:
         """Numbers of the plan's regions that need no copy, with their chunks' digests."""
         with self._mutex:
-            if not self._known:
+            old = self._plan
+            if old is None or plan.tensors is not old.tensors or plan.forms is not old.forms:
                 return {}
-            found = ((number, self._known.get(_key(region))) for number, region in enumerate(plan.regions))
-            return {number: digests for number, digests in found if digests is not None and plan.regions[number].frozen}
+            return dict(self._known)
 
     def learn(self, plan: CapturePlan, digests: Sequence[bytes]) -> None:
         """A snapshot of this plan is durable."""
-        fresh = {_key(region): digests[number] for number, region in enumerate(plan.regions) if region.frozen}
+        fresh = {number: digests[number] for number, region in enumerate(plan.regions) if region.frozen}
         with self._mutex:
-            self._known = fresh
+            self._plan, self._known = (plan, fresh) if fresh else (None, {})
 
     def forget(self) -> None:
-        """Nothing is known any more: a snapshot failed, or another state was restored."""
+        """Nothing is known any more: a snapshot failed, or another state is restored."""
         with self._mutex:
-            self._known = {}
-
-
-def _key(region: Region) -> tuple[Path, int, int]:
-    return region.path, region.size_bytes, region.item_size_bytes
+            self._plan, self._known = None, {}
 
 
 Remembered = Mapping[int, bytes]

@@ -199,11 +199,15 @@ class Persister:
         places = {**{base: place for base, (_, place) in parent.bases.items()}, **parent.locations}
         segments = {place.segment for place in places.values()}
         gone = {segment for segment in segments if store.size(segment.path) != segment.size_bytes}
-        return {
-            chunk: place
-            for chunk, place in places.items()
-            if place.segment not in gone and (place.depth == 0 or chunk in parent.base_of)
-        }
+
+        def readable(chunk: bytes | None) -> bool:
+            """It is there, and so is everything that it is a delta to, as far down as that goes."""
+            place = None if chunk is None else places.get(chunk)
+            if chunk is None or place is None or place.segment in gone:
+                return False
+            return place.depth == 0 or readable(parent.base_of.get(chunk))
+
+        return {chunk: place for chunk, place in places.items() if readable(chunk)}
 
     def _encoded(
         self,

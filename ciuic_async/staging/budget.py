@@ -90,6 +90,8 @@ def plan_slots(state_bytes: int, host_memory_bytes: int | None, chunk_size_bytes
     """
     needed = max(align_up(state_bytes, 4096), 4096)
     bound = host_memory_bytes
+    if bound is None and held_bytes >= STAGING.slots * needed:
+        bound = STAGING.slots * needed  # what is held already is not asked for again, and need not be looked up
     if bound is None:
         share = int(STAGING.memory_fraction * (available_bytes() + held_bytes))
         bound = max(min(STAGING.slots * needed, share), STAGING.minimum_bytes)

@@ -217,3 +217,20 @@ def test_a_base_is_found_only_where_it_is_the_same_tensor(change: str) -> None:
         else:
             assert base is not None
             assert (bytes(base.raw), base.digest, base.depth) == (raw, digest(raw), 1)
+
+
+@pytest.mark.damages
+def test_a_lost_base_costs_no_further_snapshot(chain_folder: Path) -> None:
+    """The segment of a base is deleted under a running training: what leaned on it is stored anew, whole."""
+    weights = _weights()
+    with Checkpointer(chain_folder, {"w": weights}, rng=False, codec="smallest") as ckpt:
+        first = ckpt.save().wait_durable()
+        _nudge(weights, 1)
+        ckpt.save().wait_durable()
+        for path in (chain_folder / "segments" / first.id).glob("*.seg"):
+            path.unlink()
+        for step in (0, 1):
+            if step:
+                _nudge(weights, step)
+            snapshot = ckpt.save().wait_durable()
+            assert torch.equal(snapshot.load()["w"], weights)

@@ -156,3 +156,48 @@ def test_retention_keeps_what_frozen_tensors_refer_to(tmp_path: Path) -> None:
 def test_a_request_remembers_nothing_by_default() -> None:
     """Without frozen patterns every region is copied."""
     assert SaveRequest.__dataclass_fields__["remembered"].default_factory() == {}  # type: ignore[misc]
+
+
+def test_the_same_values_in_another_layout_are_copied_again(tmp_path: Path) -> None:
+    """Strides may change while values do not (channels_last): the bytes are others, and a restore gives the values."""
+    model = nn.Module()
+    model.trunk = nn.Conv2d(64, 64, 3)
+    values = model.trunk.weight.detach().clone()
+    with Checkpointer(tmp_path / "chain", {"model": model}, frozen=("model.trunk.*",), rng=False) as ckpt:
+        ckpt.save().wait_durable()
+        model.to(memory_format=torch.channels_last)
+        second = ckpt.save().wait_durable()
+        assert torch.equal(second.load()["model"]["trunk.weight"], values)
+
+
+def test_another_small_tensor_in_the_same_place_is_copied(tmp_path: Path) -> None:
+    """A pack is told by all its members, not by its first and its size."""
+    state = {"m": {"a": torch.zeros(100), "old": torch.ones(100)}}
+    with Checkpointer(tmp_path / "chain", state, frozen=("m.*",), rng=False) as ckpt:
+        ckpt.save().wait_durable()
+        del state["m"]["old"]
+        state["m"]["new"] = torch.full((100,), 7.0)
+        assert ckpt.save().wait_durable().load()["m"]["new"].eq(7).all()
+
+
+def test_a_restore_that_fails_half_way_forgets_too(tmp_path: Path) -> None:
+    """An object may refuse when others are restored already: what is live then is copied by the next snapshot."""
+
+    class Refusing:
+        def state_dict(self) -> dict[str, int]:
+            return {"n": 1}
+
+        def load_state_dict(self, state: object) -> None:
+            raise ValueError("no")
+
+    model = _Model()
+    with Checkpointer(tmp_path / "chain", {"model": model, "r": Refusing()}, frozen=("model.trunk.*",)) as ckpt:
+        first = ckpt.save().wait_durable()
+        with torch.no_grad():
+            model.trunk[0].weight.fill_(5)
+        ckpt._writer.frozen.forget()
+        ckpt.save().wait_durable()
+        with pytest.raises(Exception, match="no"):
+            ckpt.restore(first.id)
+        live = model.trunk[0].weight.detach().clone()
+        assert torch.equal(ckpt.save().wait_durable().load()["model"]["trunk.0.weight"], live)

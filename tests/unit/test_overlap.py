@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -637,3 +639,54 @@ def test_auto_overlaps_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyP
         lazily.append(run.ckpt.save().phase == "staging")
     assert lazily == [False, True, True, False, False]
     run.ckpt.close()
+
+
+@pytest.mark.parametrize("staging", ["blocking", "overlap"])
+def test_an_interrupt_while_handing_over_loses_no_slot(
+    staging: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at the worst moment, several times: the loop hears of it, and the next snapshots are taken as ever."""
+    run = Run(tmp_path / "chain", starved=False, staging=staging, busy_timeout_s=5.0, on_error="warn")
+    real = PendingSnapshot.staged
+
+    def interrupted(self: PendingSnapshot) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        run.train()
+        monkeypatch.setattr(PendingSnapshot, "staged", interrupted)
+        with warnings.catch_warnings(), suppress(KeyboardInterrupt):
+            warnings.simplefilter("ignore")
+            run.ckpt.save()
+            run.ckpt.flush()
+        monkeypatch.setattr(PendingSnapshot, "staged", real)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.train()
+        expected = run.fingerprint()
+        assert _holds(run.ckpt.save(), expected)
+        run.ckpt.close()
+
+
+def test_waiting_for_one_snapshot_spares_another(run: Run) -> None:
+    """A snapshot that was torn and taken again has nothing to do with a later one that is torn: it is retaken, too."""
+    run.ckpt._schedule._every_steps = 1
+    run.train()
+    first = run.ckpt.step()
+    assert first is not None
+    with torch.no_grad():
+        run.model[0].weight.add_(1)
+    run.train()
+    run.ckpt.step()
+    assert first.phase in ("staged", "durable")
+    run.train()
+    second = run.ckpt.step()
+    assert second is not None
+    with torch.no_grad():
+        run.model[0].weight.add_(1)
+    run.optimizer.step()  # the gate finds it torn
+    first.wait_durable()
+    assert second.phase != "failed"
+    expected = run.fingerprint()
+    run.ckpt.step()
+    assert _holds(second, expected)
