@@ -5,6 +5,11 @@ last state: containers, keys and types level by level, and of every tensor what 
 compares equal gets the same plan; live memory is resolved anew every time. Nothing that belongs to the state is
 remembered, but for its plain values, which never change (numbers, strings).
 
+Only containers with a tensor or an array somewhere inside are structure. A subtree of plain values is one value, a hole
+of the plan, and may become any other: a history of losses grows. Most such values are *quiet*, they stay as they are,
+and all of them are compared at once; *lively* ones changed lately, and are looked at one by one. A subtree that is
+spilled (its JSON is stored outside the manifest) is structure again: its size decides where others are stored.
+
 A wrong match would store wrong bytes, so every comparison is exact, and whatever this file does not know is planned
 from scratch. It works in columns, one for each property and level: built-in functions walk them at a hundredth of a
 microsecond for an item, where a loop of Python's own needs some.
@@ -12,9 +17,8 @@ microsecond for an item, where a loop of Python's own needs some.
 
 from __future__ import annotations
 
-import collections
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, compress
@@ -24,48 +28,44 @@ import numpy as np
 import torch
 
 from ciuic_async.capture import values
-from ciuic_async.capture.state_tree import (
-    Captured,
-    flatten_into,
-    flatten_plain,
-    is_long,
-    weight,
-)
+from ciuic_async.capture.state_tree import Captured, flatten_into, flatten_plain, holds_reference, is_long
 from ciuic_async.capture.structure import (
-    BITS,
     EXACT,
-    FIXED,
     KEYS,
     MAPS,
     SEQUENCES,
-    SPILLED,
     TENSORS,
     Columns,
+    Containers,
     DifferentError,
+    Hosted,
     Level,
     Memory,
-    Plain,
-    Special,
-    empty_level,
-    has_metadata,
+    Place,
+    QuietLevel,
     hosted_bytes,
     interned,
+    is_quiet,
     look_at,
+    quiet_levels,
     roots_of,
-    values_inside,
 )
 from ciuic_async.capture.tensors import Owner, Sources, TensorCollector, gather, host_address
-from ciuic_async.format import jsontext
 from ciuic_async.format.jsontext import Hole
 from ciuic_async.format.manifest import Node, Tree
 from ciuic_async.handoffs import CapturePlan
 
+CALM_SNAPSHOTS = 8
+"""A lively value that stayed the same for so many snapshots is quiet again."""
+
 
 @dataclass(slots=True)
 class _Remembered:
-    """The structure of a state. ``values`` and those of ``levels`` follow the state, as does ``plan``.
+    """The structure of a state. Values follow the state, as does ``plan``.
 
     Attributes:
+        plain: what is known of plain values.
+        spilled: what stays the same, and the places of others, each compared alone.
         rows: sources without what belongs to one state.
     """
 
@@ -74,8 +74,42 @@ class _Remembered:
     columns: list[Columns]
     memory: Memory
     values: list[Node]
+    plain: _PlainValues
+    spilled: _SpilledValues
     plan: CapturePlan
     rows: Sources
+
+
+@dataclass(slots=True)
+class _PlainValues:
+    """Plain values in order of their levels.
+
+    Attributes:
+        lively: by number, for how many snapshots each has not changed.
+        quiet: which are not lively, for ``compress``.
+        quiet_levels: what those were.
+    """
+
+    places: list[Place]
+    lively: dict[int, int]
+    quiet: bytes
+    quiet_levels: list[QuietLevel]
+
+
+@dataclass(slots=True)
+class _SpilledValues:
+    """Plain values that are stored outside the manifest, in order of their levels.
+
+    Attributes:
+        alone: numbers of those that are encoded to be compared.
+        together: which are not, for ``compress``.
+        together_levels: what those were.
+    """
+
+    places: list[Place]
+    alone: list[int]
+    together: bytes
+    together_levels: list[QuietLevel]
 
 
 class PlanCache:
@@ -154,78 +188,92 @@ class _Match:
             Exception: it is not of the remembered structure.
         """
         last = self._remembered
-        roots, top_keys = roots_of(state, rng)
+        level_values, top_keys = roots_of(state, rng)
         if top_keys != last.top_keys:
             raise DifferentError
-        level_values = roots
-        for depth, level in enumerate(last.levels):
-            level_values = self._level(level, level_values, depth)
+        plain: list[Any] = []
+        spilled: list[Any] = []
+        for level in last.levels:
+            plain += compress(level_values, level.plain)
+            spilled += compress(level_values, level.spilled)
+            level_values = self._level(level, level_values)
         if level_values:
             raise DifferentError
+        self._spilled(last.spilled, spilled)
+        self._plain(last.plain, plain)
         sources = self._sources(trainable)
         if self._changed:
             last.plan = replace(last.plan, values=tuple(last.values))
         return Captured(last.plan, sources)
 
-    def _level(self, level: Level, level_values: list[Any], depth: int) -> list[Any]:
+    def _level(self, level: Level, level_values: list[Any]) -> list[Any]:
         """Compare one level; the values of the next one."""
-        if list(map(type, level_values)) != level.types:
+        if len(level_values) != level.count or list(map(type, compress(level_values, level.others))) != level.types:
             raise DifferentError
-        maps = list(compress(level_values, level.maps))
-        keys = list(chain.from_iterable(maps))
-        if list(map(len, maps)) != level.map_sizes or list(map(type, keys)) != level.key_types or keys != level.keys:
-            raise DifferentError
-        ordered = [item for item in maps if type(item) is collections.OrderedDict]
-        if list(map(has_metadata, ordered)) != level.metadata:
-            raise DifferentError
-        sequences = list(compress(level_values, level.sequences))
-        if list(map(len, sequences)) != level.sequence_sizes:
-            raise DifferentError
+        inside = level.containers.matched(level_values)
         self._leaves += compress(level_values, level.tensors)
-        self._plain(level.exact, level_values, equality_is_exact=True)
-        self._plain(level.bits, level_values, equality_is_exact=False)
-        for special in level.opaque:
-            self._opaque(special, level_values[special.position], depth)
-        for special in level.hosted:
-            self._hosted(special, level_values[special.position])
-        return values_inside(maps, sequences, ordered)
+        for hosted in level.hosted:
+            self._hosted(hosted, level_values[hosted.position])
+        return inside
 
-    def _plain(self, plain: Plain, level_values: list[Any], *, equality_is_exact: bool) -> None:
-        """Take over plain values that changed. Their types are known to be equal."""
-        found = list(compress(level_values, plain.selectors))
-        before, plain.values = plain.values, found
-        if equality_is_exact and found == before:
-            return
-        for new, old, hole in zip(found, before, plain.holes, strict=True):
-            if new is not old:
-                self._change(hole, new, old)
-
-    def _change(self, hole: int, new: Any, old: Any) -> None:
-        node, before = values.encode_scalar(new), values.encode_scalar(old)
-        if node == before:
-            return
-        # Another weight, or length, could have it stored in another way, or the containers around it.
-        if hole == FIXED or is_long(new) or weight(node) != weight(before):
+    def _spilled(self, known: _SpilledValues, found: list[Any]) -> None:
+        if not is_quiet(known.together_levels, list(compress(found, known.together))):
             raise DifferentError
-        self._remembered.values[hole] = node
-        self._changed = True
-
-    def _opaque(self, special: Special, value: object, depth: int) -> None:
-        found = flatten_plain(value, depth)
-        if found is None or found[1] != special.weight:
-            raise DifferentError
-        current = special.node if special.hole == FIXED else self._remembered.values[special.hole]
-        if jsontext.encode(found[0]) != jsontext.encode(current):
-            if special.hole == FIXED:
+        for number in known.alone:
+            place = known.places[number]
+            flat = flatten_plain(found[number], place.depth)
+            if flat is None or flat[1] != self._remembered.memory.static[place.group]:
                 raise DifferentError
-            self._remembered.values[special.hole] = found[0]
-            self._changed = True
 
-    def _hosted(self, special: Special, value: Any) -> None:
+    def _plain(self, known: _PlainValues, found: list[Any]) -> None:
+        """Take over plain values that changed.
+
+        Containers around them hold tensors or arrays, so that however long they become, those are not spilled.
+        """
+        moved = False
+        quiet = list(compress(found, known.quiet))
+        looked_at = list(known.lively)
+        if not is_quiet(known.quiet_levels, quiet):
+            for number in compress(range(len(found)), known.quiet):
+                if self._take(known.places[number], found[number]):
+                    known.lively[number] = 0
+                    moved = True
+        for number in looked_at:
+            if self._take(known.places[number], found[number]):
+                known.lively[number] = 0
+            else:
+                known.lively[number] += 1
+                if known.lively[number] == CALM_SNAPSHOTS and _can_be_quiet(found[number]):
+                    del known.lively[number]
+                    moved = True
+        if moved:
+            self._remembered.plain = _plain_values(known.places, found, known.lively)
+
+    def _take(self, place: Place, value: object) -> bool:
+        """Whether a plain value changed."""
+        before = self._remembered.values[place.hole]
+        if type(value) in EXACT or type(value) is float:
+            if is_long(value):
+                raise DifferentError
+            node = values.encode_scalar(value)
+            same = type(node) is type(before) and node == before
+        else:
+            flat = flatten_plain(value, place.depth)
+            if flat is None or flat[1] is not None:
+                raise DifferentError
+            node = flat[0]
+            # Python takes 1 and True for equal, also inside of nodes. They print differently.
+            same = node == before and repr(node) == repr(before)
+        if not same:
+            self._remembered.values[place.hole] = node
+            self._changed = True
+        return not same
+
+    def _hosted(self, hosted: Hosted, value: Any) -> None:
         node, data = hosted_bytes(value)
-        if len(data) != special.size_bytes or node != special.node:
+        if len(data) != hosted.size_bytes or node != hosted.node:
             raise DifferentError
-        self._hosts[special.group] = data
+        self._hosts[hosted.group] = data
 
     def _sources(self, trainable: frozenset[int]) -> Sources:
         """Where everything is now, if leaves share storages as they did."""
@@ -256,6 +304,34 @@ class _Match:
         return replace(rows, owners=owners, owner_numbers=numbers, pointers=pointers)
 
 
+def _can_be_quiet(value: object) -> bool:
+    try:
+        quiet_levels([value])
+    except DifferentError:
+        return False
+    return True
+
+
+def _split(found: list[Any], lively: Collection[int]) -> tuple[list[int], bytes, list[QuietLevel]]:
+    """The numbers of those that must be looked at alone, which are not among them, and what those are.
+
+    Args:
+        lively: numbers that shall be.
+    """
+    try:
+        quiet = bytes(number not in lively for number in range(len(found)))
+        return sorted(lively), quiet, quiet_levels(list(compress(found, quiet)))
+    except DifferentError:
+        alone = {number for number, value in enumerate(found) if number in lively or not _can_be_quiet(value)}
+    quiet = bytes(number not in alone for number in range(len(found)))
+    return sorted(alone), quiet, quiet_levels(list(compress(found, quiet)))
+
+
+def _plain_values(places: list[Place], found: list[Any], lively: dict[int, int]) -> _PlainValues:
+    alone, quiet, levels = _split(found, lively)
+    return _PlainValues(places, {number: lively.get(number, 0) for number in alone}, quiet, levels)
+
+
 # --- remembering ------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +355,8 @@ class _Builder:
         self._leaves: list[torch.Tensor] = []
         self._leaf_groups: list[int] = []
         self._static: dict[int, memoryview] = {}
+        self._plain: tuple[list[Place], list[Any]] = ([], [])
+        self._spilled: tuple[list[Place], list[Any]] = ([], [])
 
     def remembered(self, state: object, rng: object, trainable: frozenset[int]) -> _Remembered:
         """What there is to remember.
@@ -310,92 +388,82 @@ class _Builder:
             columns=columns,
             memory=self._memory(columns, addresses, trainable),
             values=self._values,
+            plain=_plain_values(*self._plain, {}),
+            spilled=_SpilledValues(self._spilled[0], *_split(self._spilled[1], ())),
             plan=replace(plan, forms=trees, values=tuple(self._values)),
             rows=replace(sources, owners=(), owner_numbers=nothing, pointers=nothing),
         )
 
     def _level(self, items: list[_Item], depth: int) -> tuple[Level, list[_Item]]:
-        level = empty_level([item.value for item in items])
+        kinds = [self._kind(item) for item in items]
+        level_values = [item.value for item in items]
+
+        def which(*wanted: str) -> bytes:
+            return bytes(kind in wanted for kind in kinds)
+
+        others = which("tensor", "hosted", "map", "sequence")
+        level = Level(
+            count=len(items),
+            others=others,
+            types=list(map(type, compress(level_values, others))),
+            containers=Containers(which("map"), which("sequence")),
+            tensors=which("tensor"),
+            hosted=[],
+            plain=which("plain"),
+            spilled=which("spilled"),
+        )
+        level.containers.look(level_values)
+        if not KEYS.issuperset(level.containers.key_types):
+            raise DifferentError
         children: tuple[list[_Item], list[_Item], list[_Item]] = ([], [], [])
-        for position, item in enumerate(items):
-            value, kind = item.value, type(item.value)
-            if kind in TENSORS:
-                item.container[item.index] = item.node
-                self._leaves.append(value)
+        for position, (item, kind) in enumerate(zip(items, kinds, strict=True)):
+            if kind == "plain":
+                self._hole(item, depth)
+                continue
+            if kind == "map":
+                _map(item, children[0], children[2])
+                continue
+            if kind == "sequence":
+                _sequence(item, children[1])
+                continue
+            item.container[item.index] = item.node
+            if kind == "tensor":
+                self._leaves.append(item.value)
                 self._leaf_groups.append(item.node["tensor"])
-            elif kind in MAPS or kind in SEQUENCES:
-                if item.node is not SPILLED and type(item.node) is dict and "json" in item.node:
-                    group = item.node["json"]
-                    self._static[group] = _host(self._collector, group)
-                    item.container[item.index] = item.node
-                    item.node = SPILLED
-                if kind in MAPS:
-                    self._map(level, item, children[0], children[2])
-                else:
-                    self._sequence(level, item, children[1])
-            elif kind is np.ndarray or is_long(value):
-                item.container[item.index] = item.node
-                node, data = hosted_bytes(value)
-                group = item.node["numpy.array" if kind is np.ndarray else kind.__name__]
-                level.hosted.append(Special(position, node, group=group, size_bytes=len(data)))
-            elif kind in EXACT or kind in BITS:
-                plain = level.exact if kind in EXACT else level.bits
-                plain.values.append(value)
-                plain.holes.append(self._hole(item))
+            elif kind == "spilled":
+                group = item.node["json"]
+                self._static[group] = _host(self._collector, group)
+                self._spilled[0].append(Place(depth, -1, group))
+                self._spilled[1].append(item.value)
             else:
-                found = flatten_plain(value, depth)
-                if found is None:
-                    raise DifferentError
-                level.opaque.append(Special(position, found[0], found[1], self._hole(item)))
+                node, data = hosted_bytes(item.value)
+                tag = "numpy.array" if type(item.value) is np.ndarray else type(item.value).__name__
+                level.hosted.append(Hosted(position, node, item.node[tag], len(data)))
         return level, [*children[0], *children[1], *children[2]]
 
-    def _hole(self, item: _Item) -> int:
+    def _kind(self, item: _Item) -> str:
+        kind = type(item.value)
+        if kind in TENSORS:
+            return "tensor"
+        if kind is np.ndarray or is_long(item.value):
+            return "hosted"
+        if not holds_reference(item.node):
+            return "plain"
+        if type(item.node) is dict and "json" in item.node:
+            return "spilled"
+        if kind in MAPS:
+            return "map"
+        if kind in SEQUENCES:
+            return "sequence"
+        raise DifferentError
+
+    def _hole(self, item: _Item, depth: int) -> None:
         """Take a plain value's node out of the form."""
-        if item.node is SPILLED:
-            return FIXED
         number = len(self._values)
         self._values.append(item.node)
+        self._plain[0].append(Place(depth, number))
+        self._plain[1].append(item.value)
         item.container[item.index] = Hole(number)
-        return number
-
-    def _map(self, level: Level, item: _Item, children: list[_Item], metadata: list[_Item]) -> None:
-        value = item.value
-        keys = list(value)
-        if not KEYS.issuperset(map(type, keys)):
-            raise DifferentError
-        level.map_sizes.append(len(keys))
-        level.keys += keys
-        level.key_types += map(type, keys)
-        tag = "dict" if type(value) is dict else "ordered_dict"
-        spilled = item.node is SPILLED
-        pairs = [[None, SPILLED]] * len(keys) if spilled else item.node[tag]
-        forms = [[key, None] for key, _ in pairs]
-        form: dict[str, Any] = {tag: forms}
-        children += [
-            _Item(child, node, pair, 1) for child, (_, node), pair in zip(value.values(), pairs, forms, strict=True)
-        ]
-        if tag == "ordered_dict":
-            level.metadata.append(has_metadata(value))
-            if level.metadata[-1]:
-                node = SPILLED if spilled else item.node["metadata"]
-                form["metadata"] = None
-                metadata.append(_Item(vars(value)["_metadata"], node, form, "metadata"))
-        if not spilled:
-            item.container[item.index] = form
-
-    def _sequence(self, level: Level, item: _Item, children: list[_Item]) -> None:
-        level.sequence_sizes.append(len(item.value))
-        forms: list[Node] = [None] * len(item.value)
-        if item.node is SPILLED:
-            nodes = [SPILLED] * len(forms)
-        elif type(item.value) is list:
-            nodes, item.container[item.index] = item.node, forms
-        else:
-            nodes, item.container[item.index] = item.node["tuple"], {"tuple": forms}
-        children += [
-            _Item(child, node, forms, number)
-            for number, (child, node) in enumerate(zip(item.value, nodes, strict=True))
-        ]
 
     def _memory(
         self, columns: list[Columns], addresses: np.ndarray[Any, np.dtype[np.int64]], trainable: frozenset[int]
@@ -443,6 +511,31 @@ class _Builder:
         if not memory.is_shared_alike(addresses):
             raise DifferentError  # memory without an address, which is never shared
         return replace(memory, trained=memory.trained_of(addresses, trainable))
+
+
+def _map(item: _Item, children: list[_Item], metadata: list[_Item]) -> None:
+    value = item.value
+    tag = "dict" if type(value) is dict else "ordered_dict"
+    forms = [[key, None] for key, _ in item.node[tag]]
+    form: dict[str, Any] = {tag: forms}
+    children += [
+        _Item(child, node, pair, 1)
+        for child, (_, node), pair in zip(value.values(), item.node[tag], forms, strict=True)
+    ]
+    if "metadata" in item.node:
+        form["metadata"] = None
+        metadata.append(_Item(vars(value)["_metadata"], item.node["metadata"], form, "metadata"))
+    item.container[item.index] = form
+
+
+def _sequence(item: _Item, children: list[_Item]) -> None:
+    forms: list[Node] = [None] * len(item.value)
+    is_list = type(item.value) is list
+    nodes = item.node if is_list else item.node["tuple"]
+    item.container[item.index] = forms if is_list else {"tuple": forms}
+    children += [
+        _Item(child, node, forms, number) for number, (child, node) in enumerate(zip(item.value, nodes, strict=True))
+    ]
 
 
 def _host(collector: TensorCollector, group: int) -> memoryview:

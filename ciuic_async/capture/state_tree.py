@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import collections
 import enum
-from collections.abc import Callable, Collection, Iterable, Mapping
+import struct
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,17 +104,55 @@ def encode_plain(value: object, what: str) -> Node:
     return node
 
 
-def flatten_plain(value: object, depth: int) -> tuple[Node, int] | None:
-    """Node and weight of a value inside ``depth`` containers; None if it holds tensors, arrays or what is spilled."""
+def flatten_plain(value: object, depth: int) -> tuple[Node, memoryview | None] | None:
+    """Node of a value inside ``depth`` containers, and its JSON if that is stored outside the manifest.
+
+    None if it holds tensors, arrays, or anything else that is stored outside.
+    """
     collector = TensorCollector()
-    flattener = _Flattener(collector, depth)
-    node = flattener.node(value, ())
-    return None if collector.groups else (node, flattener.size)
+    node = _Flattener(collector, depth).node(value, ())
+    if not collector.groups:
+        return node, None
+    if len(collector.groups) == 1 and type(node) is dict and "json" in node:
+        return node, collector.groups[0].host
+    return None
 
 
-def weight(node: Node) -> int:
+def holds_reference(node: Node) -> bool:
+    """Whether a node has anything in it that is stored outside the manifest."""
+    pending = [node]
+    while pending:
+        inner = pending.pop()
+        if type(inner) is list:
+            pending += inner
+        elif type(inner) is dict:
+            if not _REFERENCES.isdisjoint(inner):
+                return True
+            if any(type(inner.get(tag)) is int for tag in _LONG):
+                return True
+            pending += inner.values()
+    return False
+
+
+_REFERENCES = frozenset({"tensor", "numpy.array", "json"})
+_LONG = ("str", "bytes", "bytearray")
+"""Tags that hold a reference in place of the value itself when that is long."""
+
+
+def _weight(node: Node) -> int:
     """What a plain value that holds no others counts towards ``SPILL_BYTES``."""
     return len(node) + 3 if type(node) is str else 24
+
+
+def _alike(items: Collection[Any]) -> list[Node] | None:
+    """Nodes of numbers of one type, each of weight 24, quickly: a history has thousands. None for other ``items``."""
+    kinds = set(map(type, items))
+    if kinds == {float}:
+        # bytes.hex puts a space after every eight bytes
+        return [{"float": text} for text in struct.pack(f">{len(items)}d", *items).hex(" ", 8).split(" ")]
+    if kinds == {int} and min(items) >= -jsontext.MAX_SAFE_INTEGER and max(items) <= jsontext.MAX_SAFE_INTEGER:
+        return list(items)
+    return None
 
 
 def decode_plain(node: Node) -> Any:
@@ -167,7 +206,7 @@ class _Flattener:
             return self._spilled_scalar(value, path)
         scalar = values.encode_scalar(value)
         if scalar is not NOT_PLAIN:
-            self.size += weight(scalar)
+            self.size += _weight(scalar)
             return scalar
         if kind is np.ndarray:
             return self._array(value, path)  # type: ignore[arg-type]
@@ -233,9 +272,13 @@ class _Flattener:
     def _items(self, value: Mapping[Any, Any], path: Path) -> list[Node]:
         return [[self.key(key, path), self.node(item, (*path, _step(key)))] for key, item in value.items()]
 
-    def _sequence(self, value: Iterable[Any], path: Path, names: tuple[str, ...] | None = None) -> list[Node]:
+    def _sequence(self, value: Collection[Any], path: Path, names: tuple[str, ...] | None = None) -> list[Node]:
         if names is not None:
             return [self.node(item, (*path, name)) for item, name in zip(value, names, strict=True)]
+        alike = _alike(value)
+        if alike is not None:
+            self.size += 24 * len(alike)
+            return alike
         return [self.node(item, (*path, number)) for number, item in enumerate(value)]
 
     def _array(self, array: np.ndarray[Any, Any], path: Path) -> Node:

@@ -6,9 +6,10 @@ Built-in functions walk a column at a hundredth of a microsecond for an item, wh
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, compress
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -24,59 +25,161 @@ SEQUENCES = frozenset({list, tuple})
 KEYS = frozenset({str, int, bool, type(None)})
 EXACT = frozenset({type(None), bool, int, str, bytes})
 """Plain types of which two values of one type are stored alike exactly if they are equal."""
-BITS = frozenset({float, complex})
-"""Plain types where that is not so: 0.0 == -0.0, and nan is no nan."""
+_FLOAT = frozenset({float})
+_QUIET = EXACT | _FLOAT | MAPS | SEQUENCES
 
 BLOCK_LEAVES = 256
-
-FIXED = -1
-"""Hole of a plain value that must not change: it is part of text that is stored outside the manifest."""
-SPILLED: Any = object()
-"""In place of the nodes of such values."""
 
 
 class DifferentError(Exception):
     """The state is not as it was, or of a kind that is not remembered."""
 
 
-@dataclass(slots=True)
-class Plain:
-    """Columns of plain values of one level, and the holes they go into."""
-
-    selectors: bytes
-    values: list[Any] = field(default_factory=list)
-    holes: list[int] = field(default_factory=list)
-
-
 @dataclass(frozen=True, slots=True)
-class Special:
-    """A value that is looked at alone: where it is in its level, and what its node was."""
+class Hosted:
+    """An array or a long value: where it is in its level, and how it was stored."""
 
     position: int
     node: Node
-    weight: int = 0
-    hole: int = FIXED
+    group: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a plain value goes: into the hole of this number; or for one that is spilled, into the tensor ``group``."""
+
+    depth: int
+    hole: int
     group: int = -1
-    size_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Containers:
+    """Which values of a level are dicts and sequences, and what is compared of them."""
+
+    maps: bytes
+    sequences: bytes
+    map_sizes: list[int] = field(default_factory=list)
+    key_types: list[type] = field(default_factory=list)
+    keys: list[Any] = field(default_factory=list)
+    metadata: list[bool] = field(default_factory=list)
+    sequence_sizes: list[int] = field(default_factory=list)
+
+    def matched(self, level_values: list[Any]) -> list[Any]:
+        """The values inside.
+
+        Args:
+            level_values: their types are known to be equal.
+
+        Raises:
+            DifferentError: containers have another length or other keys.
+        """
+        found = Containers(self.maps, self.sequences)
+        inside = found.look(level_values)
+        if (
+            found.map_sizes != self.map_sizes
+            or found.key_types != self.key_types  # before keys, as True == 1
+            or found.keys != self.keys
+            or found.metadata != self.metadata
+            or found.sequence_sizes != self.sequence_sizes
+        ):
+            raise DifferentError
+        return inside
+
+    def look(self, level_values: list[Any]) -> list[Any]:
+        """Fill in what is compared; the values inside: those of dicts first, then of sequences, then metadata."""
+        maps = list(compress(level_values, self.maps))
+        sequences = list(compress(level_values, self.sequences))
+        ordered = [item for item in maps if type(item) is collections.OrderedDict]
+        self.map_sizes = list(map(len, maps))
+        self.keys = list(chain.from_iterable(maps))
+        self.key_types = list(map(type, self.keys))
+        self.metadata = list(map(has_metadata, ordered))
+        self.sequence_sizes = list(map(len, sequences))
+        inside = list(chain.from_iterable(map(methodcaller("values"), maps)))
+        inside += chain.from_iterable(sequences)
+        inside += [vars(item)["_metadata"] for item in ordered if vars(item)]
+        return inside
 
 
 @dataclass(slots=True)
 class Level:
-    """All values inside equally many containers: those of dicts first, then of lists and tuples, then metadata."""
+    """All values inside equally many containers, of those containers that hold tensors or arrays somewhere.
+
+    Attributes:
+        count: of values.
+        others: those that are not plain (``plain`` and ``spilled`` are), and of these ...
+        types: ... the types.
+    """
+
+    count: int
+    others: bytes
+    types: list[type]
+    containers: Containers
+    tensors: bytes
+    hosted: list[Hosted]
+    plain: bytes
+    spilled: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class QuietLevel:
+    """One level of plain values that are expected not to change."""
 
     types: list[type]
-    maps: bytes
-    map_sizes: list[int]
-    keys: list[Any]
-    key_types: list[type]
-    metadata: list[bool]
-    sequences: bytes
-    sequence_sizes: list[int]
-    tensors: bytes
-    exact: Plain
-    bits: Plain
-    opaque: list[Special]
-    hosted: list[Special]
+    containers: Containers
+    exact: bytes
+    exact_values: list[Any]
+    floats: bytes
+    float_bits: bytes
+
+
+def quiet_levels(level_values: list[Any]) -> list[QuietLevel]:
+    """Plain values level by level, to be compared with ``is_quiet``.
+
+    Raises:
+        DifferentError: there is something among them that only looking at it alone can compare.
+    """
+    levels = []
+    while level_values:
+        types = list(map(type, level_values))
+        if not _QUIET.issuperset(types):
+            raise DifferentError
+        exact, floats = among(types, EXACT), among(types, _FLOAT)
+        containers = Containers(among(types, MAPS), among(types, SEQUENCES))
+        exact_values = list(compress(level_values, exact))
+        bits = _float_bits(level_values, floats)
+        level_values = containers.look(level_values)
+        if not KEYS.issuperset(containers.key_types):
+            raise DifferentError
+        levels.append(QuietLevel(types, containers, exact, exact_values, floats, bits))
+    return levels
+
+
+def is_quiet(levels: list[QuietLevel], level_values: list[Any]) -> bool:
+    """Whether values are, bit for bit, those that ``quiet_levels`` saw."""
+    for level in levels:
+        if (
+            list(map(type, level_values)) != level.types
+            or list(compress(level_values, level.exact)) != level.exact_values
+            or _float_bits(level_values, level.floats) != level.float_bits
+        ):
+            return False
+        try:
+            level_values = level.containers.matched(level_values)
+        except DifferentError:
+            return False
+    return not level_values
+
+
+def _float_bits(level_values: list[Any], floats: bytes) -> bytes:
+    return array("d", compress(level_values, floats)).tobytes()
+
+
+def among(types: list[type], kinds: frozenset[type]) -> bytes:
+    """Which of ``types`` are some of ``kinds``, for ``compress``."""
+    return bytes(map(kinds.__contains__, types))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,31 +239,6 @@ class Memory:
         return list(map(trainable.__contains__, addresses[self.first].tolist()))
 
 
-def empty_level(level_values: list[Any]) -> Level:
-    """A level with its types, and which of them are what."""
-    types = list(map(type, level_values))
-    long = list(map(is_long, level_values))
-
-    def among(kinds: frozenset[type]) -> bytes:
-        return bytes(kind in kinds and not too_long for kind, too_long in zip(types, long, strict=True))
-
-    return Level(
-        types=types,
-        maps=among(MAPS),
-        map_sizes=[],
-        keys=[],
-        key_types=[],
-        metadata=[],
-        sequences=among(SEQUENCES),
-        sequence_sizes=[],
-        tensors=among(TENSORS),
-        exact=Plain(among(EXACT)),
-        bits=Plain(among(BITS)),
-        opaque=[],
-        hosted=[],
-    )
-
-
 def roots_of(state: object, rng: object) -> tuple[list[Any], tuple[list[Any], list[type]] | None]:
     """The values at the root of each tree, and the keys of a dict at the top with their types."""
     top_keys = None
@@ -179,16 +257,6 @@ def has_metadata(value: collections.OrderedDict[Any, Any]) -> bool:
     if extra and list(extra) != ["_metadata"]:
         raise DifferentError
     return bool(extra)
-
-
-def values_inside(
-    maps: Sequence[Any], sequences: Sequence[Any], ordered: Sequence[collections.OrderedDict[Any, Any]]
-) -> list[Any]:
-    """The values inside the containers of a level."""
-    inside = list(chain.from_iterable(map(methodcaller("values"), maps)))
-    inside += chain.from_iterable(sequences)
-    inside += [vars(item)["_metadata"] for item in ordered if vars(item)]
-    return inside
 
 
 def hosted_bytes(value: Any) -> tuple[Node, memoryview]:

@@ -6,6 +6,7 @@ import collections
 import copy
 import enum
 import gc
+import random
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ciuic_async import UsageError, native
-from ciuic_async.capture.plan_cache import PlanCache
-from ciuic_async.capture.state_tree import SPILL_BYTES, Captured, flatten
+from ciuic_async.capture.plan_cache import CALM_SNAPSHOTS, PlanCache
+from ciuic_async.capture.state_tree import MAX_DEPTH, SPILL_BYTES, Captured, flatten
+from ciuic_async.capture.values import encode_scalar
 from ciuic_async.format import jsontext, manifest
 from ciuic_async.format.digest import digest
 from ciuic_async.format.jsontext import Hole
@@ -26,7 +28,7 @@ from ciuic_async.pipeline import describe as describing
 from ciuic_async.pipeline.describe import describe, full_manifest
 from ciuic_async.staging.device import Devices
 from ciuic_async.staging.stager import stage
-from tests.strategies import State, scalars, trees
+from tests.strategies import State, doubles, keys, scalars, trees
 
 CHUNK = 1 << 16
 SNAPSHOT = "0123456789abcdef0123"
@@ -213,6 +215,28 @@ NEARLY_THE_SAME: dict[str, tuple[Any, Any]] = {
     "long list grows": ([[1] * 9000, T], [[1] * 9001, T]),
     "list becomes long": ([[1] * 9, T], [[1] * 9000, T]),
     "long set in a list": ([[{1}, *[0] * 9000], T], [[{2}, *[0] * 9000], T]),
+    "long list shrinks": ([[0.5] * 2731, T], [[0.5] * 2730, T]),
+    "long list is emptied": ([[0.5] * 2731, T], [[], T]),
+    "long list of its own": ([[0.5] * 2731, [0.5] * 2730, T], [[0.5] * 2730, [0.5] * 2731, T]),
+    "long list inside a plain dict": ([{"a": [[1], [2] * 2730]}, T], [{"a": [[1], [2] * 2731]}, T]),
+    "long together": ([{"a": [1] * 2000, "b": [1] * 700}, T], [{"a": [1] * 2000, "b": [1] * 800}, T]),
+    "long list rotates": ([[*range(3000)], T], [[*range(1, 3000), 0], T]),
+    "long set": ([{*range(3000)}, T], [{*range(1, 3001)}, T]),
+    "long text in a plain list": ([["x"], T], [[LONG], T]),
+    "first tensor of a list": ([[1, 2], T], [[1, T * 2], T]),
+    "first tensor of an empty list": ([[], T], [[T * 2], T]),
+    "first tensor of a dict": ([{"a": {}}, T], [{"a": {"b": T * 2}}, T]),
+    "first array of a tuple": ([((1, 2),), T], [((1, np.ones(2)),), T]),
+    "first tensor of a deque": ([collections.deque([1]), T], [collections.deque([T * 2]), T]),
+    "key of a plain dict": ([{"a": {"b": 1}}, T], [{"a": {"b": 1, (2, "c"): 3}}, T]),
+    "int and bool inside": ([[[1], {"a": 0}], T], [[[True], {"a": False}], T]),
+    "keys int and bool inside": ([[{1: 2}], T], [[{True: 2}], T]),
+    "nested tuples": ([((1, (2, ())),), T], [((1, (2, (3,))),), T]),
+    "plain to other": ([None, T], [{"best": [0.5]}, T]),
+    "zeros inside": ([[{"a": 0.0}], T], [[{"a": -0.0}], T]),
+    "nan payloads inside": ([[_float(0x7FF8000000000000)], T], [[_float(0x7FF0000000000001)], T]),
+    "big number inside": ([[1, 2], T], [[1, 2**53], T]),
+    "all plain": ([[1], {"a": 2}], [[1, 2], {}]),
     "array": ([np.arange(4), T], [np.arange(4) + 1, T]),
     "array dtype": ([np.arange(4, dtype="<i4"), T], [np.arange(4, dtype="<u4"), T]),
     "array order": ([np.ones((2, 3)), T], [np.asfortranarray(np.ones((2, 3))), T]),
@@ -251,6 +275,88 @@ def test_what_is_nearly_the_same_is_not_taken_for_the_same(name: str) -> None:
         assert_planned_alike(cache, state)
 
 
+def plain_trees() -> st.SearchStrategy[Any]:
+    """Values without tensors or arrays, of every kind that docs/format.md lists, all of them small."""
+
+    def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        items, dicts = st.lists(inner, max_size=4), st.dictionaries(keys(), inner, max_size=4)
+        return st.one_of(
+            items,
+            items.map(tuple),
+            items.map(collections.deque),
+            dicts,
+            dicts.map(collections.OrderedDict),
+            dicts.map(lambda pairs: collections.defaultdict(list, pairs)),
+            st.sets(keys(), max_size=4),
+            st.builds(Pair, inner, inner),
+            st.lists(doubles(), max_size=9),
+            st.lists(st.integers(-(2**53), 2**53), max_size=9),
+        )
+
+    return st.recursive(scalars() | st.binary(max_size=3).map(bytearray), containers, max_leaves=9)
+
+
+@given(data=st.data())
+def test_plain_values_may_become_any_others(data: st.DataObject) -> None:
+    """Whatever stands where there is no tensor, alone or deep inside: one plan serves, and each snapshot is right."""
+    cache = PlanCache()
+    memos = []
+    pool = data.draw(st.lists(plain_trees(), min_size=1, max_size=4))
+    for _ in range(data.draw(st.integers(2, 5))):
+        one, two, three = (data.draw(st.sampled_from(pool)) for _ in range(3))
+        state = {"one": one, "in": {"t": T, "two": two, "deep": [(np.ones(2), three), _ordered(one, t=T)]}}
+        memos.append(assert_planned_alike(cache, state).plan.memo)
+    assert all(memo is memos[0] for memo in memos)
+
+
+def test_a_history_grows_without_another_plan() -> None:
+    """Up to what the manifest holds itself, a list may grow, shrink, be emptied; at the limit the plan is another."""
+    cache = PlanCache()
+    groups = [{"lr": 0.5, "betas": (0.9, 0.99), "params": [0, 1]}]
+    memos = []
+    limit = (SPILL_BYTES - 24 - len("losses") - len("best") - 6) // 24
+    for length in (0, 1, 2, 700, 3, 0, limit, limit - 1, limit + 1, limit + 2, limit + 3, limit, 5):
+        curve: dict[str, Any] = {
+            "losses": [1 / (number + 1) for number in range(length)],
+            "best": None if length < 3 else (length, {}),
+        }
+        groups[0]["lr"] = 0.1 * length
+        groups[0]["params"] = list(range(length % 5))
+        memos.append(assert_planned_alike(cache, {"m": [T], "curve": curve, "opt": {0: T, "groups": groups}}).plan.memo)
+    numbers = [memos.index(memo) for memo in memos]
+    assert numbers[:8] == [0] * 8, "one plan below the limit"
+    assert numbers[8:11] == [8, 9, 10], "a plan for each size above it"
+    assert numbers[11:] == [11, 11]
+
+
+def test_values_come_to_rest_and_change_again() -> None:
+    """A value is right in each snapshot, however long it stayed the same before it changed."""
+    cache = PlanCache()
+    memos = []
+    for step in range(4 * CALM_SNAPSHOTS):
+        slow = step // (CALM_SNAPSHOTS + 2)
+        state = {"t": T, "slow": [slow], "very": {"slow": slow // 2}, "fast": step, "kind": Color.RED, "seen": {slow}}
+        memos.append(assert_planned_alike(cache, state).plan.memo)
+    assert all(memo is memos[0] for memo in memos)
+
+
+@given(items=st.lists(doubles()) | st.lists(st.integers(-(2**53) - 1, 2**53 + 1)) | st.lists(st.booleans()))
+def test_numbers_in_bulk_are_encoded_as_one_by_one(items: list[Any]) -> None:
+    """Lists of one type have the nodes that their items have, bit for bit; so have tuples."""
+    expected = [encode_scalar(item) for item in items]
+    nodes = [tree.node for tree in flatten({"list": items, "tuple": tuple(items)}, chunk_size_bytes=CHUNK).plan.trees]
+    assert jsontext.encode(nodes) == jsontext.encode([expected, {"tuple": expected}])
+
+
+@pytest.mark.parametrize("odd", [0.5, 1, True, None])
+def test_bulk_counts_as_much_as_one_by_one(odd: Any) -> None:
+    """Where a list becomes too long for the manifest does not depend on how it was encoded."""
+    for length, spilled in ((2730, False), (2731, True)):
+        for items in ([0.5] * (length - 1) + [odd], [1] * (length - 1) + [odd]):
+            node = flatten([items], chunk_size_bytes=CHUNK).plan.trees[0].node[0]
+            assert (type(node) is dict and "json" in node) is spilled
+
+
 def test_trained_storages_are_looked_at_again() -> None:
     """When a parameter is frozen or thawed, small tensors are packed anew."""
     tensors = [torch.ones(4), torch.ones(4)]
@@ -279,18 +385,21 @@ def _training() -> tuple[torch.nn.Module, torch.optim.Optimizer, Any]:
 
 
 def test_a_training_run_is_planned_once() -> None:
-    """Steps change numbers, learning rates, counters and memory: one plan serves them all, and each is right."""
+    """Steps change numbers, learning rates, histories and memory: one plan serves them all, and each is right."""
     model, optimizer, scheduler = _training()
     cache = PlanCache()
     memos = []
+    losses: list[float] = []
     for step in range(6):
+        losses.append(random.random())
         model(torch.randn(4, 8)).square().mean().backward()
         optimizer.step()
         scheduler.step()
         if step == 3:  # a storage of another place
             model[0].weight.data = model[0].weight.data.clone()
         state = {"model": model.state_dict(), "opt": optimizer.state_dict(), "sched": scheduler.state_dict()}
-        rng = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(legacy=False)}
+        state["curve"] = {"losses": losses}
+        rng = {"python": random.getstate(), "torch": torch.get_rng_state(), "numpy": np.random.get_state(legacy=False)}
         memos.append(assert_planned_alike(cache, state, rng=rng).plan.memo)
     assert all(memo is memos[0] for memo in memos)
 
@@ -359,6 +468,37 @@ def test_errors_are_those_of_planning_from_scratch() -> None:
         with pytest.raises(UsageError) as without:
             flatten({"m": [bad, 1]}, chunk_size_bytes=CHUNK)
         assert str(with_memory.value) == str(without.value)
+
+
+def test_containers_may_be_shared_but_not_hold_themselves() -> None:
+    """A plain list in two places is stored twice; one that gets itself, or what it is in, is refused as ever."""
+    cache = PlanCache()
+    for closes in (False, True):
+        shared: list[Any] = [1, 2]
+        outer: dict[str, Any] = {"t": T, "one": shared, "two": [shared, (shared,)]}
+        assert_planned_alike(cache, {"m": outer})
+        shared.append(3)
+        assert_planned_alike(cache, {"m": outer})
+        shared.append(outer if closes else shared)
+        with pytest.raises(UsageError) as with_memory:
+            cache.flatten({"m": outer}, chunk_size_bytes=CHUNK)
+        with pytest.raises(UsageError) as without:
+            flatten({"m": outer}, chunk_size_bytes=CHUNK)
+        assert with_memory.value.kind == without.value.kind == "cycle"
+        assert str(with_memory.value) == str(without.value)
+
+
+def test_plain_values_are_as_deep_as_from_scratch() -> None:
+    """The limit of depth counts the containers around a value that changed."""
+    cache = PlanCache()
+    deep: Any = []
+    for _ in range(MAX_DEPTH - 2):
+        deep = [deep]
+    assert_planned_alike(cache, {"m": [T, 1]})
+    assert_planned_alike(cache, {"m": [T, deep]})
+    with pytest.raises(UsageError) as error:
+        cache.flatten({"m": [T, [deep]]}, chunk_size_bytes=CHUNK)
+    assert error.value.kind == "too_deep"
 
 
 def test_collection_of_garbage_goes_on_as_it_was() -> None:
