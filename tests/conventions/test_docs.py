@@ -34,12 +34,12 @@ def blocks(text: str) -> dict[str, str]:
 def test_readme_examples_run_one_after_the_other(tmp_path: Path) -> None:
     """Every marked example of the README runs as it stands, in order, in one folder."""
     examples = blocks(README)
-    assert list(examples) == ["complete", "loader", "history"]
+    assert list(examples) == ["complete", "loader", "knobs", "history"]
     loader_check = (
         "\nloader = ShufflingLoader(10, 3)\nseen = [loader.state_dict()['position'] for batch in loader]\n"
         "assert seen == [3, 6, 9, 12] and loader.epoch == 1\n"
     )
-    program = examples["complete"] + examples["loader"] + loader_check + examples["history"]
+    program = examples["complete"] + examples["loader"] + loader_check + examples["knobs"] + examples["history"]
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
