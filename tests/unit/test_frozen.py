@@ -132,7 +132,7 @@ def test_deltas_never_build_on_bytes_that_were_not_copied(tmp_path: Path, codec:
     with Checkpointer(tmp_path / "chain", state, frozen=["f"], rng=False, codec=codec) as ckpt:
         for number in range(6):
             live.mul_(1.0001)
-            if number == 3:
+            if number in (1, 3):  # the slot of the third snapshot holds what the tensor was in the first
                 frozen.mul_(1.0001)
                 ckpt._writer.frozen.forget()
             snapshot = ckpt.save().wait_durable()
