@@ -52,6 +52,8 @@ class Training:
             snapshot = pending.wait_durable(60)
         except SaveFailedError as error:
             return error
+        finally:
+            self.checkpointer._writer.wait_idle()  # it tidies up once, and must not trip over what a test does next
         self.saved[snapshot.id] = self.state["model"]["weights"].clone()
         return None
 
