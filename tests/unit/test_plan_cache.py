@@ -304,7 +304,7 @@ def test_plain_values_may_become_any_others(data: st.DataObject) -> None:
     pool = data.draw(st.lists(plain_trees(), min_size=1, max_size=4))
     for _ in range(data.draw(st.integers(2, 5))):
         one, two, three = (data.draw(st.sampled_from(pool)) for _ in range(3))
-        state = {"one": one, "in": {"t": T, "two": two, "deep": [(np.ones(2), three), _ordered(one, t=T)]}}
+        state = {"one": one, "in": {"t": T, "two": two, "deep": [(np.ones(2), three), _ordered({"v": one}, t=T)]}}
         memos.append(assert_planned_alike(cache, state).plan.memo)
     assert all(memo is memos[0] for memo in memos)
 
