@@ -32,6 +32,24 @@ def copy_columns(destinations: Buffer, sources: Buffer, sizes_bytes: Buffer, thr
         ValueError: the arrays differ in length or are no such arrays, or no thread.
     """
 
+class TwiceCopier:
+    """Rows like those of ``copy_columns``, copied part by part by threads that read the bytes at once.
+
+    Raises:
+        ValueError: as ``copy_columns``, or the destinations do not rise, or overlap.
+    """
+
+    def __init__(self, destinations: Buffer, sources: Buffer, sizes_bytes: Buffer) -> None: ...
+    def copy(self, destination: int, twin: bytearray | memoryview) -> None:
+        """Copy what belongs to the ``len(twin)`` bytes from ``destination`` on, and the very same bytes into ``twin``.
+
+        The destination is written past the caches; ``twin`` stays in them. Several threads may call this for parts
+        that do not overlap.
+
+        Raises:
+            ValueError: the rows do not cover these bytes; what was written is undefined.
+        """
+
 def touch(address: int, size_bytes: int) -> None:
     """Make every page of a writable range present, changing no byte. The address is trusted."""
 

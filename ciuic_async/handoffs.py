@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ciuic_async.format.digest import Buffer
+from ciuic_async.format.digest import Buffer, digest
 from ciuic_async.format.jsontext import Hole, Template
 from ciuic_async.format.locator import ChunkLocation, SegmentReference
 from ciuic_async.format.manifest import Node, Path, Tree
@@ -142,6 +142,9 @@ class StagedWindow:
     def bytes_of(self, chunk: PlannedChunk) -> memoryview:
         start = chunk.address - self.base
         return self.memory[start : start + chunk.size_bytes]
+
+    def digest_of(self, chunk: PlannedChunk) -> bytes:
+        return digest(self.bytes_of(chunk))
 
 
 @dataclass(frozen=True, slots=True)

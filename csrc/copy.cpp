@@ -23,37 +23,48 @@ constexpr std::size_t kStreamMinimumBytes = std::size_t{256} << 10;  // copies s
 constexpr std::size_t kStreamRangeBytes = std::size_t{4} << 10;      // of a big copy, below this memcpy wins
 constexpr std::size_t kThreadMinimumBytes = std::size_t{1} << 20;    // below, starting a thread costs more than it saves
 
-// A kernel copies whole lines to a destination that starts at one.
-using StreamKernel = void (*)(char*, const char*, std::size_t);
+// A kernel copies whole lines to a destination that starts at one, and to `twin`, if there is one, through the caches.
+using StreamKernel = void (*)(char*, char*, const char*, std::size_t);
 
-void stream_portable(char* destination, const char* source, std::size_t size) { std::memcpy(destination, source, size); }
+void stream_portable(char* destination, char* twin, const char* source, std::size_t size) {
+  if (twin != nullptr) {
+    std::memcpy(twin, source, size);
+    source = twin;
+  }
+  std::memcpy(destination, source, size);
+}
 
 #if defined(__x86_64__)
 
-void stream_sse2(char* destination, const char* source, std::size_t size) {
+void stream_sse2(char* destination, char* twin, const char* source, std::size_t size) {
   for (std::size_t at = 0; at < size; at += kLine) {
     for (std::size_t part = 0; part < kLine; part += 16) {
       const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at + part));
       _mm_stream_si128(reinterpret_cast<__m128i*>(destination + at + part), value);
+      if (twin != nullptr) _mm_storeu_si128(reinterpret_cast<__m128i*>(twin + at + part), value);
     }
   }
   _mm_sfence();
 }
 
-__attribute__((target("avx2"))) void stream_avx2(char* destination, const char* source, std::size_t size) {
+__attribute__((target("avx2"))) void stream_avx2(char* destination, char* twin, const char* source, std::size_t size) {
   for (std::size_t at = 0; at < size; at += kLine) {
     const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at));
     const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at + 32));
     _mm256_stream_si256(reinterpret_cast<__m256i*>(destination + at), low);
     _mm256_stream_si256(reinterpret_cast<__m256i*>(destination + at + 32), high);
+    if (twin == nullptr) continue;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(twin + at), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(twin + at + 32), high);
   }
   _mm_sfence();
 }
 
-__attribute__((target("avx512f"))) void stream_avx512(char* destination, const char* source, std::size_t size) {
+__attribute__((target("avx512f"))) void stream_avx512(char* destination, char* twin, const char* source, std::size_t size) {
   for (std::size_t at = 0; at < size; at += kLine) {
     const __m512i line = _mm512_loadu_si512(source + at);
     _mm512_stream_si512(reinterpret_cast<__m512i*>(destination + at), line);
+    if (twin != nullptr) _mm512_storeu_si512(twin + at, line);
   }
   _mm_sfence();
 }
@@ -73,12 +84,23 @@ StreamKernel choose_kernel() { return stream_portable; }
 
 const StreamKernel stream_kernel = choose_kernel();
 
-void stream(char* destination, const char* source, std::size_t size_bytes) noexcept {
+void copy_cached(char* destination, char* twin, const char* source, std::size_t size_bytes) noexcept {
+  if (twin != nullptr) {
+    std::memcpy(twin, source, size_bytes);
+    source = twin;  // somebody may be writing to the source: both copies are to be the same
+  }
+  std::memcpy(destination, source, size_bytes);
+}
+
+// At least a line.
+void stream(char* destination, char* twin, const char* source, std::size_t size_bytes) noexcept {
+  const auto twin_at = [twin](std::size_t at) { return twin == nullptr ? nullptr : twin + at; };
   const std::size_t head = -reinterpret_cast<std::uintptr_t>(destination) & (kLine - 1);
   const std::size_t body = (size_bytes - head) & ~(kLine - 1);
-  std::memcpy(destination, source, head);
-  stream_kernel(destination + head, source + head, body);
-  std::memcpy(destination + head + body, source + head + body, size_bytes - head - body);
+  const std::size_t tail = head + body;
+  copy_cached(destination, twin, source, head);
+  stream_kernel(destination + head, twin_at(head), source + head, body);
+  copy_cached(destination + tail, twin_at(tail), source + tail, size_bytes - tail);
 }
 
 void copy_share(const std::vector<CopyRange>& share, bool streams) noexcept {
@@ -86,7 +108,7 @@ void copy_share(const std::vector<CopyRange>& share, bool streams) noexcept {
     if (range.source == nullptr) {
       std::memset(range.destination, 0, range.size_bytes);
     } else if (streams && range.size_bytes >= kStreamRangeBytes) {
-      stream(range.destination, range.source, range.size_bytes);
+      stream(range.destination, nullptr, range.source, range.size_bytes);
     } else {
       std::memcpy(range.destination, range.source, range.size_bytes);
     }
@@ -124,7 +146,7 @@ std::vector<std::vector<CopyRange>> divide(const std::vector<CopyRange>& ranges,
 
 void copy_stream(char* destination, const char* source, std::size_t size_bytes) noexcept {
   if (size_bytes >= kStreamMinimumBytes) {
-    stream(destination, source, size_bytes);
+    stream(destination, nullptr, source, size_bytes);
   } else {
     std::memcpy(destination, source, size_bytes);
   }
@@ -152,6 +174,32 @@ void copy_many(const std::vector<CopyRange>& ranges, unsigned threads) {
   }
   copy_share(shares[0], streams);
   for (std::thread& helper : helpers) helper.join();
+}
+
+bool copy_twice(const std::vector<CopyRange>& ranges, char* destination, std::size_t size_bytes, char* twin) noexcept {
+  char* const end = destination + size_bytes;
+  // The last range that begins at or before the destination.
+  auto range = std::upper_bound(ranges.begin(), ranges.end(), destination,
+                                [](const char* at, const CopyRange& one) { return at < one.destination; });
+  if (range != ranges.begin()) --range;
+  char* at = destination;
+  for (; at < end && range != ranges.end(); ++range) {
+    if (range->size_bytes == 0) continue;
+    if (at < range->destination || range->destination + range->size_bytes <= at) return false;
+    const auto low = static_cast<std::size_t>(at - range->destination);
+    const std::size_t size = std::min(range->size_bytes - low, static_cast<std::size_t>(end - at));
+    char* const also = twin + (at - destination);
+    if (range->source == nullptr) {
+      std::memset(at, 0, size);
+      std::memset(also, 0, size);
+    } else if (size >= kStreamRangeBytes) {
+      stream(at, also, range->source + low, size);
+    } else {
+      copy_cached(at, also, range->source + low, size);
+    }
+    at += size;
+  }
+  return at == end;
 }
 
 void touch(char* address, std::size_t size_bytes) noexcept {

@@ -26,6 +26,11 @@ void copy_stream(char* destination, const char* source, std::size_t size_bytes) 
 // training wants its caches. Stores are fenced: another thread may read when it returns.
 void copy_many(const std::vector<CopyRange>& ranges, unsigned threads);
 
+// Copies what `ranges` hold for `size_bytes` from `destination` on, past the caches, and the very same bytes into `twin`,
+// which stays in them for whoever reads them at once. On the calling thread. `ranges` are sorted by destination and do
+// not overlap; `twin` overlaps nothing. False, with the bytes undefined, where `ranges` leave a gap.
+bool copy_twice(const std::vector<CopyRange>& ranges, char* destination, std::size_t size_bytes, char* twin) noexcept;
+
 // Makes every page of the range present and writable, without changing a byte even while others write to it. First
 // touch costs more than copying: do it once, ahead of time.
 void touch(char* address, std::size_t size_bytes) noexcept;

@@ -88,8 +88,7 @@ class Column {
   View view_;
 };
 
-void copy_columns(nb::handle destinations, nb::handle sources, nb::handle sizes_bytes, unsigned threads) {
-  if (threads == 0) throw nb::value_error("threads must be at least 1");
+std::vector<CopyRange> ranges_of(nb::handle destinations, nb::handle sources, nb::handle sizes_bytes) {
   const Column to(destinations);
   const Column from(sources);
   const Column sizes(sizes_bytes);
@@ -100,8 +99,43 @@ void copy_columns(nb::handle destinations, nb::handle sources, nb::handle sizes_
   for (std::size_t row = 0; row < to.size(); ++row) {
     ranges.push_back({reinterpret_cast<char*>(to[row]), reinterpret_cast<const char*>(from[row]), sizes[row]});
   }
+  return ranges;
+}
+
+void copy_columns(nb::handle destinations, nb::handle sources, nb::handle sizes_bytes, unsigned threads) {
+  if (threads == 0) throw nb::value_error("threads must be at least 1");
+  const std::vector<CopyRange> ranges = ranges_of(destinations, sources, sizes_bytes);
+  const nb::gil_scoped_release released;
   ciuic::copy_many(ranges, threads);
 }
+
+// Copies that are made part by part, each by a thread that reads the bytes at once.
+class PyTwiceCopier {
+ public:
+  PyTwiceCopier(nb::handle destinations, nb::handle sources, nb::handle sizes_bytes)
+      : ranges_(ranges_of(destinations, sources, sizes_bytes)) {
+    for (std::size_t row = 1; row < ranges_.size(); ++row) {
+      const CopyRange& before = ranges_[row - 1];
+      if (ranges_[row].destination < before.destination + before.size_bytes) {
+        throw nb::value_error("destinations do not rise, or overlap");
+      }
+    }
+  }
+
+  void copy(std::uintptr_t destination, nb::handle twin) const {
+    const View also(twin, true);
+    bool complete = false;
+    {
+      const nb::gil_scoped_release released;
+      complete = ciuic::copy_twice(ranges_, reinterpret_cast<char*>(destination), also.size(),
+                                   reinterpret_cast<char*>(also.data()));
+    }
+    if (!complete) throw nb::value_error("the rows do not cover these bytes");
+  }
+
+ private:
+  std::vector<CopyRange> ranges_;
+};
 
 void touch(std::uintptr_t address, std::size_t size_bytes) {
   const nb::gil_scoped_release released;
@@ -293,6 +327,11 @@ NB_MODULE(_native, module) {
              nb::arg("transform"), nb::arg("level"), nb::arg("minimum_gain_permille"));
   module.def("decode_planes", &decode_planes, nb::arg("payload"), nb::arg("planes"), nb::arg("base").none(),
              nb::arg("transform"), nb::arg("out"));
+
+  nb::class_<PyTwiceCopier>(module, "TwiceCopier")
+      .def(nb::init<nb::handle, nb::handle, nb::handle>(), nb::arg("destinations"), nb::arg("sources"),
+           nb::arg("sizes_bytes"))
+      .def("copy", &PyTwiceCopier::copy, nb::arg("destination"), nb::arg("twin"));
 
   nb::class_<PyDirectWriter>(module, "DirectWriter")
       .def(nb::init<int, std::size_t, unsigned, int>(), nb::arg("fd"), nb::arg("buffer_size_bytes"),

@@ -11,14 +11,13 @@ import numpy as np
 
 from ciuic_async.capture.state_tree import Captured
 from ciuic_async.errors import CiuicError, SaveFailedError
-from ciuic_async.format.digest import digest
 from ciuic_async.handoffs import PlannedChunk, StagedWindow
 from ciuic_async.pipeline.workers import OrderedWorkers
 from ciuic_async.staging.budget import SlotPlan, plan_slots
 from ciuic_async.staging.device import Devices, Pending
 from ciuic_async.staging.retained import Retained
 from ciuic_async.staging.slots import STAGED, Slot, SlotPool
-from ciuic_async.staging.stager import begin, settle, stage, windows
+from ciuic_async.staging.stager import DigestingCopy, begin, settle, stage, windows
 
 TABLE_ENTRY_BYTES = 24
 
@@ -147,12 +146,15 @@ def stage_windows(
                 )
             slot.touch(devices.for_pinning())
             end = chunks[-1].address + chunks[-1].size_bytes
-            stage(captured.sources, slot.payload(), base, end, devices)
-            mark(slot)
             window = StagedWindow(base, chunks, slot.memory)
+            what = captured.sources, slot.payload(), base, end, devices
+            copy = None if digester is None else DigestingCopy.of(*what)
+            if copy is None:
+                stage(*what)
             if digester is not None:
-                raws = map(window.bytes_of, chunks)
-                window = replace(window, digests=tuple(digester.map(digest, raws, deadline_s=0.0)))
+                digests = digester.map(copy or window.digest_of, chunks, deadline_s=0.0)
+                window = replace(window, digests=tuple(digests))
+            mark(slot)
             if not output.put(window, slot):
                 raise _writer_failed()
             slot = None

@@ -74,6 +74,52 @@ def test_columns_copy_and_fill_exactly_the_ranges(
     assert np.array_equal(target, expected)
 
 
+@given(
+    sizes=st.lists(
+        st.tuples(st.one_of(st.integers(0, 9000), st.integers(250_000, 700_000)), st.booleans()), min_size=1, max_size=9
+    ),
+    skew=st.integers(0, 70),
+    cut=st.floats(0, 1),
+)
+def test_bytes_arrive_twice(sizes: list[tuple[int, bool]], skew: int, cut: float) -> None:
+    """Any part of adjoining rows arrives in both places, zeros where no source is, and no byte beside it changes."""
+    total = sum(size for size, _ in sizes)
+    source = _noise(total)
+    target = np.full(total + skew + 1, 0xA5, dtype=np.uint8)
+    expected = target.copy()
+    rows, at = [], 0
+    for size, has_source in sizes:
+        rows.append((target.ctypes.data + skew + at, source.ctypes.data + at if has_source else 0, size))
+        expected[skew + at : skew + at + size] = source[at : at + size] if has_source else 0
+        at += size
+    copier = core.TwiceCopier(*np.array(rows, dtype=np.int64).T.copy())
+    low = int(total * cut)
+    for start, end in ((low, total), (0, low)):
+        twin = bytearray(end - start)
+        copier.copy(target.ctypes.data + skew + start, twin)
+        assert bytes(twin) == expected[skew + start : skew + end].tobytes()
+        assert low == 0 or start == 0 or (target[: start + skew] == 0xA5).all()
+    assert np.array_equal(target, expected)
+
+
+@pytest.mark.parametrize("rows", [[(0, 4), (5, 4)], [(2, 8)], [(0, 8)], []])
+def test_rows_that_leave_a_gap_are_refused(rows: list[tuple[int, int]]) -> None:
+    """Bytes that no row holds are an error, not stale memory."""
+    source, target = np.zeros(16, dtype=np.uint8), np.zeros(16, dtype=np.uint8)
+    columns = [[target.ctypes.data + at, source.ctypes.data, size] for at, size in rows]
+    copier = core.TwiceCopier(*np.array(columns, dtype=np.int64).reshape(len(rows), 3).T.copy())
+    with pytest.raises(ValueError, match="do not cover"):
+        copier.copy(target.ctypes.data, bytearray(10))
+
+
+def test_rows_out_of_order_are_refused() -> None:
+    """Rows that overlap or come in another order cannot be searched, and are refused at once."""
+    with pytest.raises(ValueError, match="rise"):
+        core.TwiceCopier(*(array("Q", numbers) for numbers in ((64, 0), (0, 0), (8, 8))))
+    with pytest.raises(ValueError, match="rise"):
+        core.TwiceCopier(*(array("Q", numbers) for numbers in ((0, 7), (0, 0), (8, 8))))
+
+
 def test_a_big_hole_is_filled_by_all_threads() -> None:
     """A range of zeros is cut for several threads like any other."""
     target = np.full((9 << 20) + 5, 0xA5, dtype=np.uint8)
