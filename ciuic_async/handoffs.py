@@ -137,7 +137,7 @@ class StagedWindow:
     chunks: tuple[PlannedChunk, ...]
     memory: memoryview
     digests: tuple[bytes, ...] | None = None
-    """Of the chunks, where staging computed them; else the writer does."""
+    """Of the chunks, where staging computed them; else the writer does. Empty for those that were not copied."""
 
     def bytes_of(self, chunk: PlannedChunk) -> memoryview:
         start = chunk.address - self.base

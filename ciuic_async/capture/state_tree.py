@@ -42,18 +42,20 @@ SPILL_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A plan and the live memory it speaks of. ``sources`` are in address order."""
+    """A plan and the live memory it speaks of. ``sources`` are in address order, without those of ``left_out``."""
 
     plan: CapturePlan
     sources: Sources
+    left_out: frozenset[int] = frozenset()
+    """Regions, by number, that nobody copies."""
 
     def without(self, regions: Collection[int]) -> Captured:
         """The same, less the copies of some regions (by number)."""
         starts = np.array([self.plan.regions[number].address for number in sorted(regions)], dtype=np.int64)
         ends = starts + [self.plan.regions[number].size_bytes for number in sorted(regions)]
         inside = np.searchsorted(starts, self.sources.addresses, side="right") - 1
-        left_out = (inside >= 0) & (self.sources.addresses < ends[inside])
-        return Captured(self.plan, self.sources.select(~left_out))
+        within = (inside >= 0) & (self.sources.addresses < ends[inside])
+        return Captured(self.plan, self.sources.select(~within), self.left_out.union(regions))
 
 
 def flatten(

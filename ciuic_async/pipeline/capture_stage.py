@@ -152,8 +152,10 @@ def stage_windows(
             if copy is None:
                 stage(*what)
             if digester is not None:
-                digests = digester.map(copy or window.digest_of, chunks, deadline_s=0.0)
-                window = replace(window, digests=tuple(digests))
+                copied = [chunk for chunk in chunks if chunk.region not in captured.left_out]
+                found = digester.map(copy or window.digest_of, copied, deadline_s=0.0)
+                digests = dict(zip(copied, found, strict=True))
+                window = replace(window, digests=tuple(digests.get(chunk, b"") for chunk in chunks))
             mark(slot)
             if not output.put(window, slot):
                 raise _writer_failed()
