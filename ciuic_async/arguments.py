@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from ciuic_async.errors import UsageError
 from ciuic_async.format.entry import MAX_METRICS, Position
 from ciuic_async.format.jsontext import MAX_SAFE_INTEGER
+from ciuic_async.options import PREEMPTION
 
 
-def refuse_unbuilt(**asked: bool) -> None:
-    """Options of the stable API whose part is not built yet: better an error than a promise that is not kept."""
-    for name, wanted in asked.items():
-        if wanted:
-            raise UsageError(f"{name} is not available in this version; leave it out", kind="not_available")
+def check_grace(preemption: Any) -> float | None:
+    """``preemption`` as seconds of grace; None: off."""
+    if preemption is False or preemption is None:
+        return None
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError(
+            "preemption: signal handlers can only be set on the main thread; make the Checkpointer there",
+            kind="not_main_thread",
+        )
+    if preemption is True:
+        return PREEMPTION.grace_s
+    check_number("preemption", preemption)
+    return float(preemption)
 
 
 def check_patterns(patterns: Any) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from ciuic_async.pending import PendingSnapshot
 from ciuic_async.pipeline.bases import InMemory, Parent
 from ciuic_async.pipeline.capture_stage import WindowQueue
 from ciuic_async.pipeline.frozen import FrozenDigests
+from ciuic_async.pipeline.handover import Lineage
 from ciuic_async.pipeline.history import Line
 from ciuic_async.pipeline.persist import Persisted, Persister, SaveRequest
 from ciuic_async.pipeline.workers import OrderedWorkers
@@ -29,6 +30,10 @@ from ciuic_async.staging.slots import SlotPool
 
 STATS_KEPT = 10_000
 """Statistics of the newest snapshots; bounded, for runs are long."""
+
+
+Description = tuple[bytes, bytes]
+"""Plan and request as ``pipeline.handover`` encodes them, for the slot; empty where nobody else is to read them."""
 
 
 @dataclass(slots=True)
@@ -41,6 +46,7 @@ class Job:
     stats: SnapshotStats
     staged_s: float = 0.0
     deadline_s: float | None = None
+    description: Description = (b"", b"")
 
 
 class BackgroundWriter:
@@ -80,6 +86,9 @@ class BackgroundWriter:
         self._unfinished = 0
         self._submitted_s = float("-inf")
         self._kept: InMemory | None = None  # the bytes of the newest durable snapshot, for the writer thread alone
+        self._began_at = chain.log_size
+        self.newest: Snapshot | None = None
+        """The newest snapshot that this object made durable."""
         self.parent: Parent | None = None
         """What the next snapshot comes from. Set by a restore, while nothing is on its way; else by the writer."""
 
@@ -87,6 +96,13 @@ class BackgroundWriter:
     def frozen(self) -> FrozenDigests:
         """What needs no copy any more."""
         return self._persister.frozen
+
+    def lineage(self) -> Lineage:
+        """What the next snapshot comes from, in words that another process can find it by."""
+        parent = self.parent
+        if parent is None:
+            return Lineage(None, None, self._began_at)
+        return Lineage(parent.snapshot, parent.leaf_hash, parent.since)
 
     def start(self) -> None:
         """Start the threads, if they do not run yet. Called before anything is taken that a job would own.
@@ -222,7 +238,8 @@ class BackgroundWriter:
             seconds,
         )
         notify(self._listener, Event("commit", entry.snapshot, entry.stored_bytes, seconds))
-        job.pending.durable(Snapshot(self._chain, Line(persisted.index, entry, persisted.leaf_hash)))
+        self.newest = Snapshot(self._chain, Line(persisted.index, entry, persisted.leaf_hash))
+        job.pending.durable(self.newest)
 
     def _failed(self, job: Job, error: CiuicError) -> None:
         forget_locals(error)

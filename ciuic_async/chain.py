@@ -181,6 +181,16 @@ class SnapshotChain:
         return common(self._run)
 
     @property
+    def log_size(self) -> int:
+        """How many entries of the log this object knows. For the engine."""
+        return len(self._log)
+
+    @property
+    def secret(self) -> str:
+        """The signing key as the single line that ``key=`` takes. For another process of this very user's."""
+        return self._signing_key().secret()
+
+    @property
     def file(self) -> ChainFile:
         """The chain's parameters. For the engine."""
         return self._file

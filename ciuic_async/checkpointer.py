@@ -13,7 +13,8 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,12 @@ from torch.optim import Optimizer
 
 from ciuic_async.arguments import (
     check_choice,
+    check_grace,
     check_number,
     check_patterns,
     check_policy,
     check_state,
     check_tags,
-    refuse_unbuilt,
 )
 from ciuic_async.background import BackgroundWriter
 from ciuic_async.capture import training
@@ -35,11 +36,16 @@ from ciuic_async.chain import Snapshot, SnapshotChain
 from ciuic_async.codecs.choose import encoder_for
 from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, SaveFailedError, StoreError, UsageError
 from ciuic_async.events import Listener, SnapshotStats, logger
+from ciuic_async.keeper import offer
+from ciuic_async.keeper.client import Keeper, check_available
+from ciuic_async.keeper.offer import Offer
+from ciuic_async.keeper.rescue import Charge
 from ciuic_async.overlap import Overlap
 from ciuic_async.pending import DURABLE, FAILED, PendingSnapshot
 from ciuic_async.pipeline.bases import Parent
 from ciuic_async.pipeline.persist import Persister
 from ciuic_async.pipeline.restore import restore_objects
+from ciuic_async.preemption import Notice, Preemption
 from ciuic_async.ranks import require_single_rank
 from ciuic_async.retention.policy import Policy
 from ciuic_async.schedule import Schedule
@@ -95,6 +101,11 @@ class Checkpointer:
             digested once, then only referred to.
         mtbf_s: mean time between failures, seconds: the interval that loses least time to snapshots and failures
             together; beside ``overhead_budget``, which then is a cap.
+        preemption: on SIGTERM or SIGUSR1 the next ``step`` takes a snapshot and waits until it is durable, at most this
+            many seconds after the signal (True: 25), then gives the signal to whoever handled it before
+            (docs/crash.md).
+        keeper: a small process that outlives this one also holds the staged memory: what was staged when training is
+            killed becomes durable all the same, and a restarted training restores from memory (docs/crash.md).
         on_error: ``"warn"``: background failures never stop training; ``"raise"``: the next ``step`` raises them.
         key: signing key: path or the secret itself; default ``CIUIC_KEY``, else the user's own.
 
@@ -120,7 +131,7 @@ class Checkpointer:
         busy_timeout_s: float = 30.0,
         codec: str = "auto",
         frozen: Sequence[str] = (),
-        preemption: bool = False,
+        preemption: bool | float = False,
         keeper: bool = False,
         mtbf_s: float | None = None,
         on_error: str = "warn",
@@ -128,7 +139,9 @@ class Checkpointer:
         listener: Listener | None = None,
     ) -> None:
         patterns = check_patterns(frozen)
-        refuse_unbuilt(preemption=preemption, keeper=keeper)
+        grace_s = check_grace(preemption)
+        if keeper:
+            check_available(chain.url if isinstance(chain, SnapshotChain) else str(chain))
         check_choice("staging", staging, ("auto", "overlap", "blocking"))
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("on_error", on_error, ("warn", "raise"))
@@ -144,19 +157,34 @@ class Checkpointer:
         self._schedule = Schedule(every_steps, every_epochs, every_seconds, overhead_budget, mtbf_s)
         self._rng = rng
         self._raises = on_error == "raise"
+        self._options_skip = when_busy == "skip"
         self._listener = listener
         self._owns_chain = not isinstance(chain, SnapshotChain)
         self._chain = chain if isinstance(chain, SnapshotChain) else SnapshotChain(chain, key=key)
         target = self._chain.target()
-        self._pool = SlotPool()
+        self._keeper: Keeper | None = None
+        if keeper:
+            charge = Charge(self._chain.store.url, self._chain.secret, self._chain.run, codec)
+            self._keeper = Keeper(charge, self._chain.origin)
+        self._pool = SlotPool(self._keeper)
         persister = Persister(target, self._chain.file, encoder, self._chain.run)
         self._writer = BackgroundWriter(self._chain, persister, self._pool, keep, listener)
         self._overlap = Overlap(self._writer, self._pool, listener)
+        self._preemption: Preemption | None = None
+        if grace_s is not None:
+            self._preemption = Preemption(grace_s, partial(_report_expired, self._writer))
         # Holds what must be finished, and not this object: a checkpointer that is dropped, or alive when the
         # interpreter ends, still makes durable what it has taken.
         self._owner_pid = os.getpid()
         self._finalizer = weakref.finalize(
-            self, _end, self._owner_pid, self._overlap, self._writer, self._chain if self._owns_chain else None
+            self,
+            _end,
+            self._owner_pid,
+            self._overlap,
+            self._writer,
+            self._keeper,
+            self._preemption,
+            self._chain if self._owns_chain else None,
         )
         options = TakingOptions(
             rng,
@@ -175,6 +203,7 @@ class Checkpointer:
             self._overlap,
             options,
             listener,
+            self._keeper,
         )
         self._unfinished: deque[PendingSnapshot] = deque()
         self._step = 0
@@ -210,6 +239,9 @@ class Checkpointer:
             self._overlap.pass_gate()  # no optimizer came since (a skipped step): the state is still what it was
         seen = self._overlap.gate.take_seen()
         self._surface_errors()  # may raise if asked to; the step is counted all the same
+        notice = None if self._preemption is None else self._preemption.take()
+        if notice is not None:
+            return self._leave(notice, metrics, seen, due)
         if due:
             pending = self._take(metrics, (), seen, due=True)
             return None if self._taker.was_skipped(pending) else pending
@@ -245,7 +277,7 @@ class Checkpointer:
         """Wait until everything taken so far is durable (or failed).
 
         Raises:
-            TimeoutError: not within ``timeout_s``; work goes on.
+            TimeoutError: not within ``timeout_s``, or not before the next ``step``; work goes on.
             SaveFailedError: with ``on_error="raise"``, if one failed and nobody has seen it.
         """
         if self._inert():
@@ -272,6 +304,11 @@ class Checkpointer:
     def stats(self) -> list[SnapshotStats]:
         """Figures of the snapshots taken (the newest 10,000), in order of their completion."""
         return self._writer.stats()
+
+    @property
+    def preempted(self) -> bool:
+        """Whether SIGTERM or SIGUSR1 came (``preemption``): a loop that wants to end by itself can look at it."""
+        return self._preemption is not None and self._preemption.preempted
 
     @property
     def chain(self) -> SnapshotChain:
@@ -319,13 +356,30 @@ class Checkpointer:
         self._writer.wait_idle()
         self._overlap.gate.forget_loading()
         self._writer.frozen.forget()  # also when it fails half way: tensors may have changed
+        offers = offer.find(self._chain.origin, self._chain.store.url)
+        try:
+            progress = self._restore(ref, strict, offers)
+        except BaseException:
+            for one in offers:
+                one.close()
+            raise
+        for one in offers:  # from here on their keepers commit nothing any more
+            one.dismiss()
+        return progress
+
+    def _restore(self, ref: str, strict: bool, offers: Sequence[Offer]) -> Progress | None:
+        for one in offers:
+            if one.snapshot is None:
+                self._warn(
+                    f"the crashed run had staged step {one.step}, and that did not become durable: {one.problem}"
+                )
         if ref != "latest":
-            return self._restored(self._chain.get(ref), strict, ())
+            return self._restored(self._chain.get(ref), strict, (), offers)
         skipped: list[tuple[str, str]] = []
         failure: CiuicError | None = None
         for snapshot in self._chain.newest_first():
             try:
-                return self._restored(snapshot, strict, tuple(skipped))
+                return self._restored(snapshot, strict, tuple(skipped), offers)
             except (IntegrityError, StoreError) as error:
                 if isinstance(error, StoreError) and error.kind != "eio":
                     raise  # no permission, too many files, ...: the newest state is not lost, only out of reach
@@ -341,9 +395,13 @@ class Checkpointer:
             where=failure.where,
         ) from failure
 
-    def _restored(self, snapshot: Snapshot, strict: bool, skipped: tuple[tuple[str, str], ...]) -> Progress:
+    def _restored(
+        self, snapshot: Snapshot, strict: bool, skipped: tuple[tuple[str, str], ...], offers: Sequence[Offer]
+    ) -> Progress:
         started = time.perf_counter()
         resolved = snapshot.resolve()
+        for one in offers:
+            resolved = replace(resolved, in_memory={**resolved.in_memory, **one.chunks(snapshot.id, resolved.manifest)})
         result = restore_objects(
             self._chain.store, resolved, self._state, strict=strict, rng=self._rng, listener=self._listener
         )
@@ -352,7 +410,9 @@ class Checkpointer:
         self._step = step if isinstance(step, int) else 0
         self._epoch, self._batch = decode_plain(nodes.epoch), decode_plain(nodes.batch)
         self._schedule.restored(self._epoch)
-        self._writer.parent = Parent(snapshot.id, snapshot.leaf_hash, resolved.locator.chunks)
+        self._writer.parent = Parent(
+            snapshot.id, snapshot.leaf_hash, resolved.locator.chunks, since=self._chain.log_size
+        )
         differences = training.environment_differences(resolved.manifest.environment, training.environment())
         if differences:
             self._warn(
@@ -390,6 +450,24 @@ class Checkpointer:
                 self._surface_errors()
         return pending
 
+    def _leave(
+        self, notice: Notice, metrics: Mapping[str, Any] | None, seen: list[Optimizer], due: bool
+    ) -> PendingSnapshot:
+        """Make the state of this step durable within the grace time, say what is, and pass the signal on."""
+        assert self._preemption is not None
+        self._overlap.finish()
+        if self._options_skip:
+            self._wait_until(notice.deadline_s)  # else there may be no room for this last one
+        pending = self._take(metrics, (), seen, due=due)
+        self._wait_until(notice.deadline_s)
+        _report_leaving(self._writer, notice, pending)
+        self._preemption.pass_on(notice)
+        return pending
+
+    def _wait_until(self, deadline_s: float) -> None:
+        with suppress(TimeoutError):
+            self._wait_unfinished(max(deadline_s - time.monotonic(), 0.0))
+
     # --- errors and ends --------------------------------------------------------------------------------------------
 
     def _wait_unfinished(self, timeout_s: float | None) -> None:
@@ -397,11 +475,19 @@ class Checkpointer:
         self._overlap.finish(last_chance=True)
         if timeout_s is None:
             self._overlap.give_up()  # nobody can take it again while we wait here
+        torn = self._overlap.torn_pending
         for pending in list(self._unfinished):
+            if pending is torn:
+                continue  # nothing happens to it until the next step
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             with pending._changed:
                 if not pending._changed.wait_for(lambda p=pending: p.phase in ("durable", "failed"), left):  # type: ignore[misc]
                     raise TimeoutError(f"snapshot of step {pending.step} is still {pending.phase} after {timeout_s} s")
+        if torn is not None:
+            raise TimeoutError(
+                f"snapshot of step {torn.step} was discarded because training changed it while it was copied; it is "
+                "taken again at the next step()"
+            )
 
     def _surface_errors(self) -> None:
         """Report failures that nobody has seen: raise the first (the others are in the log) or warn, each once."""
@@ -437,7 +523,34 @@ def _report(schedule: Schedule, writer: BackgroundWriter, began_s: float, pendin
     schedule.finished(stall_s, gate_s, time.perf_counter() - began_s, pending.phase == DURABLE)
 
 
-def _end(owner_pid: int, overlap: Overlap, writer: BackgroundWriter, chain: SnapshotChain | None) -> None:
+def _report_leaving(writer: BackgroundWriter, notice: Notice, pending: PendingSnapshot) -> None:
+    """What a signal's sender can rely on: one line."""
+    seconds = time.monotonic() - notice.came_s
+    if pending.phase == DURABLE:
+        logger.warning("%s: %s is durable, %.1f s after it came", notice.name, _newest(writer), seconds)
+    else:
+        message = "%s: step %s is %s, %.1f s after it came; the newest durable snapshot is %s"
+        logger.error(message, notice.name, pending.step, pending.phase, seconds, _newest(writer))
+
+
+def _report_expired(writer: BackgroundWriter, notice: Notice) -> None:
+    message = "%s: no step ended in its grace time; the newest durable snapshot is %s"
+    logger.error(message, notice.name, _newest(writer))
+
+
+def _newest(writer: BackgroundWriter) -> str:
+    newest = writer.newest
+    return "none of this run" if newest is None else f"step {newest.step} (snapshot {newest.id})"
+
+
+def _end(
+    owner_pid: int,
+    overlap: Overlap,
+    writer: BackgroundWriter,
+    keeper: Keeper | None,
+    preemption: Preemption | None,
+    chain: SnapshotChain | None,
+) -> None:
     """Finish what was taken. Knows nothing of the checkpointer, which may be gone."""
     if os.getpid() != owner_pid:
         return  # a forked child: everything belongs to its parent
@@ -447,5 +560,9 @@ def _end(owner_pid: int, overlap: Overlap, writer: BackgroundWriter, chain: Snap
         finally:
             writer.close()
     finally:
+        if keeper is not None:
+            keeper.close()
         if chain is not None:
             chain.close()
+        if preemption is not None:
+            preemption.close()  # last: a signal that nobody acted on may end the process here

@@ -89,8 +89,32 @@ class RetentionOptions:
     """Files of unfinished snapshots are swept after this time by the store's clock: a slow writer may be at work."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeeperOptions:
+    """The process that outlives the trainer."""
+
+    grace_s: float = 300.0
+    """How long it stays after the trainer's death: for another try at a full disk, and for a restarted trainer."""
+    wait_s: float = 600.0
+    """How long a restarted trainer waits for it to finish writing, before it kills it."""
+    restart_pause_s: float = 60.0
+    """A keeper that was killed is started again, but not more often than this."""
+    exit_s: float = 5.0
+    """How long its end is awaited when it was told to go, before it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionOptions:
+    """Being told to leave."""
+
+    grace_s: float = 25.0
+    """From the signal on: Kubernetes and most spot machines send SIGKILL after 30 s."""
+
+
 STAGING = StagingOptions()
 WRITE = WriteOptions()
 CODEC = CodecOptions()
 READ = ReadOptions()
 RETENTION = RetentionOptions()
+KEEPER = KeeperOptions()
+PREEMPTION = PreemptionOptions()

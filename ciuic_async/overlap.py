@@ -24,9 +24,10 @@ from ciuic_async.errors import CiuicError, InternalError, SaveFailedError
 from ciuic_async.events import Event, Listener, logger, notify
 from ciuic_async.handoffs import PlannedChunk, StagedWindow
 from ciuic_async.options import WRITE
+from ciuic_async.pending import PendingSnapshot
 from ciuic_async.staging.device import Pending
 from ciuic_async.staging.gate import Gate, Watch
-from ciuic_async.staging.slots import STAGED, Slot, SlotPool
+from ciuic_async.staging.slots import Slot, SlotPool
 from ciuic_async.staging.stager import settle
 
 
@@ -119,6 +120,12 @@ class Overlap:
         """Whether a snapshot must be taken again."""
         return self._torn is not None
 
+    @property
+    def torn_pending(self) -> PendingSnapshot | None:
+        """The snapshot that must be taken again."""
+        torn = self._torn
+        return None if torn is None else torn.job.pending
+
     def take_torn(self) -> Torn | None:
         """What must be taken again now; it is the caller's from here on."""
         torn, self._torn = self._torn, None
@@ -208,7 +215,7 @@ class Overlap:
         stage_s = flight.copied_s - flight.began_s
         job.stats = replace(job.stats, stage_s=stage_s)
         job.staged_s = time.perf_counter()
-        flight.slot.mark(STAGED, step=request.step, snapshot=request.snapshot, regions=request.plan.regions)
+        flight.slot.mark_staged(request.step, request.snapshot, *job.description)
         job.windows.put(StagedWindow(0, flight.chunks, flight.slot.memory), flight.slot)
         try:
             job.windows.end()

@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from ciuic_async.arguments import check_metrics, position
-from ciuic_async.background import BackgroundWriter, Job, forget_locals
+from ciuic_async.background import BackgroundWriter, Description, Job, forget_locals
 from ciuic_async.capture import training
 from ciuic_async.capture.plan_cache import PlanCache
 from ciuic_async.capture.state_tree import Captured, encode_plain
@@ -24,16 +24,17 @@ from ciuic_async.errors import CiuicError, InternalError, SaveFailedError, Store
 from ciuic_async.events import Event, Listener, SnapshotStats, logger, notify
 from ciuic_async.format import layout
 from ciuic_async.format.manifest import Progress
+from ciuic_async.handoffs import CapturePlan, PlanMemo
+from ciuic_async.keeper.client import Keeper
 from ciuic_async.overlap import Flight, Overlap
 from ciuic_async.pending import PendingSnapshot
 from ciuic_async.pipeline.capture_stage import (
-    STAGED,
     WindowQueue,
     begin_staging,
     slot_plan,
     stage_windows,
-    table_bytes,
 )
+from ciuic_async.pipeline.handover import encode_plan, encode_request
 from ciuic_async.pipeline.persist import SaveRequest
 from ciuic_async.staging.budget import SlotPlan
 from ciuic_async.staging.device import Devices
@@ -44,6 +45,8 @@ WINDOW_TIMEOUT_S = 30.0
 """How long staging waits for the writer to free a window when ``when_busy="skip"`` gives no time of its own."""
 LONG_COPY_S = 0.1
 """``staging="auto"`` on CPU: a shorter copy is not worth a thread that competes with training."""
+REQUEST_ROOM_BYTES = 256 << 10
+"""What a snapshot's own description takes in a slot, commonly."""
 TORN_IN_A_ROW = 3
 """So many discarded snapshots one after the other, and staging blocks from then on: training changes its tensors
 outside of optimizers, and each discarded snapshot is copied twice."""
@@ -91,6 +94,7 @@ class Taker:
         overlap: Overlap,
         options: TakingOptions,
         listener: Listener | None,
+        keeper: Keeper | None = None,
     ) -> None:
         self._state = state
         self._chunk_size_bytes = chunk_size_bytes
@@ -100,6 +104,9 @@ class Taker:
         self._overlap = overlap
         self._options = options
         self._listener = listener
+        self._keeper = keeper
+        self._plan_text: tuple[PlanMemo, bytes] | None = None
+        self._warned_of_windows = False
         self.devices = Devices()
         self._plans = PlanCache(options.frozen)
         self._prepared = False
@@ -119,7 +126,9 @@ class Taker:
         try:
             captured = self._capture()
             plan = slot_plan(captured, self._options.host_memory_bytes, self._pool)
-            self._pool.prepare(plan, table_bytes(captured), self.devices.for_pinning())
+            if self._keeper is not None:
+                self._keeper.start()
+            self._pool.prepare(plan, self._description_bytes(captured.plan), self.devices.for_pinning())
         except Exception as error:  # no snapshot is due: whatever it is will be reported when one is
             logger.warning("the state cannot be captured as it is now: %s", error)
 
@@ -183,10 +192,12 @@ class Taker:
             environment=self._environment,
         )
         plan = slot_plan(captured, self._options.host_memory_bytes, self._pool)
-        slot = self._slot(captured, plan)
+        description = self._describe(request, plan)
+        slot = self._slot(plan, max(sum(map(len, description)), self._description_bytes(captured.plan)))
         windows = WindowQueue(whole=not plan.windowed)
         raw_bytes = sum(region.size_bytes for region in captured.plan.regions)
-        job = Job(request, windows, pending, replace(stats, snapshot=request.snapshot, raw_bytes=raw_bytes))
+        stats = replace(stats, snapshot=request.snapshot, raw_bytes=raw_bytes)
+        job = Job(request, windows, pending, stats, description=description)
         if watch is not None and not plan.windowed and plan.count > 1:
             watch.keep(self._storages_later(captured, watch))
             if watch.storages:
@@ -194,8 +205,33 @@ class Taker:
                 return
         self._stage(job, captured, plan, slot, started)
 
-    def _slot(self, captured: Captured, plan: SlotPlan) -> Slot:
-        slot = self._pool.acquire(plan, table_bytes(captured), self._options.busy_timeout_s)
+    def _describe(self, request: SaveRequest, plan: SlotPlan) -> Description:
+        """What the keeper needs to finish the snapshot in our place; nothing where there is no keeper."""
+        if self._keeper is None:
+            return b"", b""
+        self._keeper.start()  # if it was killed
+        if plan.windowed:
+            if not self._warned_of_windows:
+                self._warned_of_windows = True
+                logger.warning(
+                    "the keeper has nothing to keep: the state is staged in windows, so it is never in memory as a "
+                    "whole; raise host_memory_bytes"
+                )
+            return b"", b""
+        return self._plan_bytes(request.plan), encode_request(request, self._writer.lineage())
+
+    def _plan_bytes(self, plan: CapturePlan) -> bytes:
+        """The part of the description that all snapshots of one structure share; the very same object for each."""
+        if self._plan_text is None or self._plan_text[0] is not plan.memo:
+            self._plan_text = plan.memo, encode_plan(plan)
+        return self._plan_text[1]
+
+    def _description_bytes(self, plan: CapturePlan) -> int:
+        """Room for a description in a slot: with a margin, since a slot that must grow is mapped and touched anew."""
+        return 0 if self._keeper is None else 2 * len(self._plan_bytes(plan)) + REQUEST_ROOM_BYTES
+
+    def _slot(self, plan: SlotPlan, description_bytes: int) -> Slot:
+        slot = self._pool.acquire(plan, description_bytes, self._options.busy_timeout_s)
         if slot is None:
             reason = (
                 "(when_busy='skip')"
@@ -216,7 +252,7 @@ class Taker:
         request, windows = job.request, job.windows
 
         def mark(filled: Slot) -> None:
-            filled.mark(STAGED, step=request.step, snapshot=request.snapshot, regions=captured.plan.regions)
+            filled.mark_staged(request.step, request.snapshot, *job.description)
 
         if plan.windowed:  # the writer must empty the first windows while the later ones are filled
             self._writer.submit(job)

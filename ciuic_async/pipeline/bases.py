@@ -22,7 +22,8 @@ class Parent:
     """The durable snapshot a new one came from; its chunks are referenced instead of written again.
 
     ``bases`` are those of its locator, ``base_of`` the base of each chunk stored as a delta, as far as it is known:
-    locators do not say it, so after a restore deltas are neither referenced nor built upon, and stored anew.
+    locators do not say it, so after a restore deltas are neither referenced nor built upon, and stored anew. ``since``:
+    this run's entries from that index of the log on came after it.
     """
 
     snapshot: str
@@ -30,6 +31,7 @@ class Parent:
     locations: Mapping[bytes, ChunkLocation]
     bases: Mapping[bytes, tuple[int, ChunkLocation]] = field(default_factory=dict)
     base_of: Mapping[bytes, bytes] = field(default_factory=dict)
+    since: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,8 @@ from ciuic_async.pipeline.workers import OrderedWorkers
 from ciuic_async.staging.budget import SlotPlan, plan_slots
 from ciuic_async.staging.device import Devices, Pending
 from ciuic_async.staging.retained import Retained
-from ciuic_async.staging.slots import STAGED, Slot, SlotPool
+from ciuic_async.staging.slots import Slot, SlotPool
 from ciuic_async.staging.stager import DigestingCopy, begin, settle, stage, windows
-
-TABLE_ENTRY_BYTES = 24
 
 
 @dataclass(slots=True)
@@ -100,11 +98,6 @@ def slot_plan(captured: Captured, host_memory_bytes: int | None, pool: SlotPool)
     )
 
 
-def table_bytes(captured: Captured) -> int:
-    """Room for the slot's table of regions."""
-    return TABLE_ENTRY_BYTES * len(captured.plan.regions)
-
-
 def stage_windows(
     captured: Captured,
     plan: SlotPlan,
@@ -115,6 +108,7 @@ def stage_windows(
     first: Slot,
     timeout_s: float | None,
     mark: Callable[[Slot], None],
+    description_bytes: int = 0,
     digester: OrderedWorkers | None = None,
 ) -> None:
     """Copy a captured state into slots, window after window. Blocks; when it returns all is staged.
@@ -125,6 +119,7 @@ def stage_windows(
         first: a slot already acquired; owned by ``output`` from the first ``put`` on.
         timeout_s: for each further slot, which the writer must free.
         mark: writes the slot's header.
+        description_bytes: room for it in further slots.
         digester: to digest the chunks here too, the caller helping its threads, rather than on the writer's thread.
 
     Raises:
@@ -135,7 +130,7 @@ def stage_windows(
     try:
         for base, chunks in windows(captured.plan, plan.size_bytes):
             if slot is None and not output.writer_done:
-                slot = pool.acquire(plan, table_bytes(captured), timeout_s)
+                slot = pool.acquire(plan, description_bytes, timeout_s)
             if output.writer_done:
                 raise _writer_failed()
             if slot is None:
@@ -195,6 +190,3 @@ def begin_staging(
 
 def _writer_failed() -> SaveFailedError:
     return SaveFailedError("the writer failed while the state was being staged", kind="writer_failed")
-
-
-__all__ = ["STAGED", "WindowQueue", "begin_staging", "slot_plan", "stage_windows", "table_bytes"]

@@ -9,9 +9,9 @@ withdrawn; after it, nothing is ever taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError, StoreError
@@ -144,6 +144,8 @@ class Resolved:
     entry: SnapshotEntry
     manifest: Manifest
     locator: Locator
+    in_memory: Mapping[bytes, memoryview] = field(default_factory=dict)
+    """Chunks by digest that need not be read from the store. Not trusted: they are checked like those from there."""
 
     @property
     def segments(self) -> list[SegmentReference]:

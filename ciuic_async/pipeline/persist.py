@@ -68,7 +68,9 @@ class Persisted:
     deduplicated_bytes: int
 
     def as_parent(self) -> Parent:
-        return Parent(self.entry.snapshot, self.leaf_hash, self.where.chunks, self.where.bases, self.base_of)
+        return Parent(
+            self.entry.snapshot, self.leaf_hash, self.where.chunks, self.where.bases, self.base_of, self.index + 1
+        )
 
 
 def common(run: str) -> Common:
@@ -109,6 +111,7 @@ class Persister:
         window_done: Callable[[StagedWindow], None],
         keeps_memory: bool,
         kept: InMemory | None = None,
+        may_claim: Callable[[], None] | None = None,
     ) -> Persisted:
         """Make one snapshot durable.
 
@@ -119,6 +122,7 @@ class Persister:
                 caller.
             keeps_memory: the windows stay valid until this returns.
             kept: the parent's bytes, if they are still in memory: for deltas.
+            may_claim: called before every claim, with the log as it then is; what it raises ends the save.
 
         Raises:
             CiuicError: nothing became durable.
@@ -169,7 +173,13 @@ class Persister:
                 about.distinct,
             )
             data = entry.encode()
-            index = commit(self._target, about.encoded, written, where, data, rewriter.ensure)
+
+            def ensure(where: Locator, published: list[str]) -> Locator:
+                if may_claim is not None:
+                    may_claim()
+                return rewriter.ensure(where, published)
+
+            index = commit(self._target, about.encoded, written, where, data, ensure)
         except BaseException:
             self.frozen.forget()
             writer.abort()

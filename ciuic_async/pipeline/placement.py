@@ -17,6 +17,7 @@ import torch
 from ciuic_async import native
 from ciuic_async.errors import IntegrityError, InternalError, NotFoundError
 from ciuic_async.events import Event, Listener, notify
+from ciuic_async.format.digest import digest as blake3_256
 from ciuic_async.format.manifest import Manifest, StoredTensor, dotted
 from ciuic_async.options import READ
 from ciuic_async.pipeline.chunks import chunk_reader
@@ -55,11 +56,13 @@ def read_tensors(
     Raises:
         IntegrityError: names the segment and the tensors; kind ``missing`` when a segment is not there.
     """
-    runs = plan_runs(plan_reads(resolved, targets))
+    jobs = plan_reads(resolved, targets)
+    held = [[job] for job in jobs if job.chunk.digest in resolved.in_memory]
+    runs = held + plan_runs(job for job in jobs if job.chunk.digest not in resolved.in_memory)
     if not runs:
         return
-    total = sum(job.chunk.raw_size_bytes for run in runs for job in run)
-    deltas = any(job.chunk.location.depth for run in runs for job in run)
+    total = sum(job.chunk.raw_size_bytes for job in jobs)
+    deltas = any(job.chunk.location.depth for job in jobs)
     sizes = resolved.manifest.distinct_chunks() if deltas else {}
     copy = _copier(targets)
     # Training may have queued work on a stream of its own that still reads or writes the targets; the reading threads
@@ -69,13 +72,22 @@ def read_tensors(
     with chunk_reader(store, verify=verify, where=resolved.locator, sizes=sizes) as reader:
 
         def work(run: Sequence[Job]) -> None:
-            chunks = reader.read_run([job.chunk for job in run])
+            found = _in_memory(resolved, run[0].chunk)
+            chunks = reader.read_run([job.chunk for job in run]) if found is None else iter([found])
             for job in run:
                 copy(_next(chunks, job, resolved), job.places)
                 notify(listener, Event("restore", resolved.entry.snapshot, job.chunk.raw_size_bytes, total_bytes=total))
 
         _in_parallel(work, runs, min(READ.threads, len(runs)))
     _synchronize(devices)  # and what training queues next, on whatever stream, sees all that was copied
+
+
+def _in_memory(resolved: Resolved, chunk: ChunkRequest) -> memoryview | None:
+    """The bytes of a chunk that is in memory, if they are what they should be: else the store's are taken."""
+    raw = resolved.in_memory.get(chunk.digest)
+    if raw is None or len(raw) != chunk.raw_size_bytes or blake3_256(raw) != chunk.digest:
+        return None
+    return raw
 
 
 def _next(chunks: Iterator[memoryview], job: Job, resolved: Resolved) -> memoryview:

@@ -1,8 +1,8 @@
 """Slots: memory mappings that hold one staged snapshot (or one window of it).
 
-A slot is a memfd, so that its bytes can outlive this process in another one that holds the descriptor. Layout: a header
-page (state, sequence, where the table is), the table of regions, then the payload, page-aligned. Mappings are not
-inherited by fork: a data loader worker must not double the memory, nor ever see a half-copied state.
+A slot is a memfd, so that its bytes can outlive this process in another one that holds the descriptor
+(``staging.slot_header`` has the layout). Mappings are not inherited by fork: a data loader worker must not double the
+memory, nor ever see a half-copied state.
 
 Who may touch the payload: the training thread from ``acquire`` until it hands the slot on, then the writer until it
 calls ``release``. ``SlotPool`` is thread-safe.
@@ -13,11 +13,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import struct
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,17 +25,22 @@ from ciuic_async import native
 from ciuic_async.errors import StoreError
 from ciuic_async.events import logger
 from ciuic_async.format.segment import align_up
-from ciuic_async.handoffs import Region
 from ciuic_async.staging.budget import SlotPlan
 from ciuic_async.staging.device import Device
 from ciuic_async.staging.retained import Retained
+from ciuic_async.staging.slot_header import DURABLE, FILLING, FREE, PAGE_BYTES, STAGED, SlotHeader, set_state
 
-PAGE_BYTES = 4096
-HEADER = struct.Struct("<8sIIQqQQQQ20s")  # magic, version, state, sequence, step, table at/size, payload at/size, id
-_MAGIC = b"CIUICSLT"
-_REGION = struct.Struct("<QQI4x")  # address, size, item size
+__all__ = ["Holder", "Slot", "SlotPool", "out_of_memory"]
 
-FREE, FILLING, STAGED = 0, 1, 2
+
+class Holder(Protocol):
+    """Somebody else who holds the memory of slots, so that it outlives this process. Must not raise."""
+
+    def hold(self, slot: Slot) -> None:
+        """A slot was made: ``slot.descriptor`` is its memory."""
+
+    def let_go(self, slot: Slot) -> None:
+        """It is about to be closed."""
 
 
 class Slot:
@@ -49,9 +53,8 @@ class Slot:
         self._fd = os.memfd_create("ciuic-slot", os.MFD_CLOEXEC)
         self._map: mmap.mmap | None = None
         self._payload_at = 0
-        self._table_capacity = 0
-        self._table_of: Sequence[Region] = ()
-        self._table = b""
+        self._description_capacity = 0
+        self._plan = b""
         self._pinned: Device | None = None
         self.touched = False
         self.retained: Retained | None = None
@@ -61,14 +64,15 @@ class Slot:
             self.close()
             raise
 
-    def resize(self, size_bytes: int, table_bytes: int = PAGE_BYTES) -> None:
+    def resize(self, size_bytes: int, description_bytes: int = PAGE_BYTES) -> None:
         """Grow the payload to ``size_bytes``. Its content is lost, as are views of it. Never shrinks."""
-        if size_bytes <= self.size_bytes and table_bytes <= self._table_capacity:
+        if size_bytes <= self.size_bytes and description_bytes <= self._description_capacity:
             return
         self._unmap()
-        self._table_capacity = align_up(max(table_bytes, self._table_capacity), PAGE_BYTES)
+        self._description_capacity = align_up(max(description_bytes, self._description_capacity), PAGE_BYTES)
+        self._plan = b""
         self.size_bytes = max(self.size_bytes, align_up(size_bytes, PAGE_BYTES))
-        self._payload_at = PAGE_BYTES + self._table_capacity
+        self._payload_at = PAGE_BYTES + self._description_capacity
         total = self._payload_at + self.size_bytes
         try:
             os.ftruncate(self._fd, 0)  # give the old pages back before asking for new ones
@@ -113,21 +117,36 @@ class Slot:
         self._pinned = device if device.pin(self.payload()) else None
         self.touched = True
 
-    def mark(self, state: int, *, step: int | None = None, snapshot: str = "", regions: Sequence[Region] = ()) -> None:
-        """Write header and table, for whoever finds the memory after this process died. State comes last."""
+    def mark(self, state: int) -> None:
+        """Change what it says of its state, and nothing else."""
         assert self._map is not None
-        if regions and regions is not self._table_of:  # a plan that is used again has the very same regions
-            self._table = b"".join(_REGION.pack(r.address, r.size_bytes, r.item_size_bytes) for r in regions)
-            self._table_of = regions
-        table = self._table if regions else b""
-        fits = len(table) <= self._table_capacity
-        if fits:
-            self._map[PAGE_BYTES : PAGE_BYTES + len(table)] = table
-        head = (-1 if step is None else step, PAGE_BYTES, len(table) if fits else 0, self._payload_at, self.size_bytes)
-        self._map[: HEADER.size] = HEADER.pack(
-            _MAGIC, 1, FILLING, self.sequence, *head, snapshot.encode("ascii").ljust(20, b"\0")
-        )
-        struct.pack_into("<I", self._map, 12, state)
+        set_state(self._map, state)
+
+    def mark_staged(self, step: int | None, snapshot: str, plan: bytes = b"", request: bytes = b"") -> None:
+        """Say what it holds, for whoever finds the memory after this process died. The state comes last.
+
+        Args:
+            plan, request: the description. Without one, or without room for it, nobody can make use of the memory.
+        """
+        assert self._map is not None
+        if len(plan) + len(request) > self._description_capacity:
+            plan = request = b""
+        self.mark(FILLING)
+        middle = PAGE_BYTES + len(plan)
+        if plan is not self._plan:  # snapshots of one structure have the very same plan
+            self._map[PAGE_BYTES:middle] = plan
+            self._plan = plan
+        self._map[middle : middle + len(request)] = request
+        head = SlotHeader(
+            FILLING, self.sequence, step, snapshot, len(plan), len(request), self._payload_at, self.size_bytes
+        ).encode()
+        self._map[: len(head)] = head
+        self.mark(STAGED)
+
+    @property
+    def descriptor(self) -> int:
+        """Of its memory; the slot's own, closed with it."""
+        return self._fd
 
     def forget(self) -> None:
         """Its bytes are about to change: whoever read what was retained stops."""
@@ -170,8 +189,9 @@ class SlotPool:
     together stay within the bound that every plan was made for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holder: Holder | None = None) -> None:
         self._condition = threading.Condition()
+        self._holder = holder
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
         self._sequence = 0
@@ -185,14 +205,14 @@ class SlotPool:
         with self._condition:
             return sum(slot.size_bytes for slot in self._slots)
 
-    def prepare(self, plan: SlotPlan, table_bytes: int, device: Device) -> None:
+    def prepare(self, plan: SlotPlan, description_bytes: int, device: Device) -> None:
         """Make the slots, and fault in and pin them on a background thread, once. Errors show when one is acquired."""
         with self._condition:
             if self._closed or self._preparing is not None:
                 return
             slots: list[Slot] = []
             with suppress(StoreError, OSError):
-                while len(slots) < plan.count and (slot := self._take(plan, table_bytes, timeout_s=0.0)):
+                while len(slots) < plan.count and (slot := self._take(plan, description_bytes, timeout_s=0.0)):
                     slots.append(slot)
             self._being_prepared = len(slots)
             thread = threading.Thread(target=self._touch, args=(slots, device), name="ciuic-touch", daemon=True)
@@ -219,27 +239,27 @@ class SlotPool:
                 self._being_prepared -= 1
                 self.release(slot)
 
-    def acquire(self, plan: SlotPlan, table_bytes: int, timeout_s: float | None) -> Slot | None:
+    def acquire(self, plan: SlotPlan, description_bytes: int, timeout_s: float | None) -> Slot | None:
         """A free slot of at least the plan's size, or None after ``timeout_s`` (None waits for ever).
 
         Raises:
             StoreError: no memory.
         """
-        slot = self._take(plan, table_bytes, timeout_s)
+        slot = self._take(plan, description_bytes, timeout_s)
         if slot is not None:
             with self._condition:
                 self._sequence += 1
                 slot.sequence = self._sequence
         return slot
 
-    def _take(self, plan: SlotPlan, table_bytes: int, timeout_s: float | None) -> Slot | None:
+    def _take(self, plan: SlotPlan, description_bytes: int, timeout_s: float | None) -> Slot | None:
         """``acquire`` without a sequence number. Slots being prepared are waited for beside the timeout."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._condition:
             while True:
                 if self._closed:
                     return None
-                slot = self._reuse_or_make(plan, table_bytes)
+                slot = self._reuse_or_make(plan, description_bytes)
                 if slot is not None:
                     return slot
                 if self._being_prepared:
@@ -250,7 +270,7 @@ class SlotPool:
                     return None
                 self._condition.wait(left)
 
-    def _reuse_or_make(self, plan: SlotPlan, table_bytes: int) -> Slot | None:
+    def _reuse_or_make(self, plan: SlotPlan, description_bytes: int) -> Slot | None:
         """A slot of at least the plan's size, or None when another must be released first. The lock is held."""
         if len(self._slots) - len(self._free) >= plan.count:
             return None
@@ -287,15 +307,18 @@ class SlotPool:
             else:
                 self._slots.append(fresh)
                 slot = fresh
+                if self._holder is not None:
+                    self._holder.hold(fresh)
         assert slot is not None
         if slot in self._free:
             self._free.remove(slot)
         slot.forget()
         try:
-            slot.resize(size, table_bytes)
+            slot.resize(size, description_bytes)
         except BaseException:
             self._drop(slot)
             raise
+        slot.mark(FILLING)  # before its first byte changes: what it said of its content is no longer so
         return slot
 
     def release(self, slot: Slot, *, retain: bool = False) -> Retained | None:
@@ -310,9 +333,9 @@ class SlotPool:
         """
         with self._condition:
             if self._closed:
-                slot.close()
+                self._close(slot)
                 return None
-            slot.mark(FREE)
+            slot.mark(DURABLE if retain else FREE)
             if retain:
                 for other in self._free:  # one is enough: the parent of the next snapshot
                     other.forget()
@@ -336,7 +359,7 @@ class SlotPool:
             preparing.join()
         with self._condition:
             for slot in self._free:
-                slot.close()
+                self._close(slot)
             self._free.clear()
             self._slots.clear()
             self._condition.notify_all()
@@ -346,8 +369,13 @@ class SlotPool:
             for slots in (self._slots, self._free):
                 if slot in slots:
                     slots.remove(slot)
-            slot.close()
+            self._close(slot)
             self._condition.notify_all()
+
+    def _close(self, slot: Slot) -> None:
+        if self._holder is not None:
+            self._holder.let_go(slot)
+        slot.close()
 
 
 def out_of_memory(error: BaseException) -> bool:

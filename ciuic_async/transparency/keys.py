@@ -79,7 +79,8 @@ class SigningKey:
             raise UsageError(f"{name[:120]!r} cannot be the name of a key: no space, no '+', not empty")
         return Vkey(name, self._public)
 
-    def _secret(self) -> str:
+    def secret(self) -> str:
+        """The key itself, as ``from_secret`` takes it: for the key file, and for processes of our own."""
         return _PREFIX + base64.b64encode(self._private.private_bytes_raw()).decode()
 
 
@@ -207,7 +208,7 @@ def _create(path: str, chain_folder: str | None) -> SigningKey:
         _make_folders(folder)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, (key._secret() + "\n").encode())
+            os.write(descriptor, (key.secret() + "\n").encode())
             os.fsync(descriptor)
             os.link(temporary, path)
         finally:

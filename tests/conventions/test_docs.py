@@ -45,6 +45,19 @@ def test_readme_examples_run_one_after_the_other(tmp_path: Path) -> None:
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.slow
+def test_the_examples_of_the_other_documents_run(tmp_path: Path) -> None:
+    """Each marked example below docs/ runs as it stands, alone."""
+    found = [block for path in DOCUMENTS if path.parent.name == "docs" for block in blocks(path.read_text()).values()]
+    assert found
+    for program in found:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+
+
 def test_every_python_block_of_the_readme_is_run_or_is_the_sketch() -> None:
     """One block only, the three lines at the top, is a sketch; it must at least be Python."""
     all_blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -7,6 +7,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,53 +15,98 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ciuic_async import StoreError, native
-from ciuic_async.handoffs import Region
+from ciuic_async import IntegrityError, StoreError, native
 from ciuic_async.staging.budget import SlotPlan, plan_slots
 from ciuic_async.staging.device import CpuDevice
 from ciuic_async.staging.retained import Retained
-from ciuic_async.staging.slots import FREE, HEADER, PAGE_BYTES, STAGED, Slot, SlotPool, out_of_memory
+from ciuic_async.staging.slot_header import DURABLE, FILLING, FREE, PAGE_BYTES, STAGED, SlotHeader
+from ciuic_async.staging.slots import Slot, SlotPool, out_of_memory
 
 PLAN = SlotPlan(count=2, size_bytes=3 * PAGE_BYTES, windowed=False)
 
 
 def _file(slot: Slot) -> bytes:
     """What another process would read through the descriptor."""
-    return os.pread(slot._fd, 1 << 20, 0)
+    return os.pread(slot.descriptor, 1 << 20, 0)
+
+
+def _header(slot: Slot) -> SlotHeader:
+    data = _file(slot)
+    return SlotHeader.decode(data, len(data))
+
+
+def _state(slot: Slot) -> int:
+    return int.from_bytes(_file(slot)[12:16], "little")
 
 
 def test_another_process_can_tell_what_a_slot_holds() -> None:
-    """Header, table and payload lie in the memfd: state, step, snapshot and every region."""
+    """Header, description and payload lie in the memfd: state, step, snapshot, plan and request."""
     slot = Slot(PAGE_BYTES)
     slot.sequence = 7
     slot.payload()[:5] = torch.arange(5, dtype=torch.uint8)
-    regions = [Region(0, 5, 1, ("a",)), Region(4096, 8, 4, ("b",))]
-    slot.mark(STAGED, step=12, snapshot="0123456789abcdef0123", regions=regions)
-    data = _file(slot)
-    magic, version, state, sequence, step, table_at, table_size, payload_at, payload_size, snapshot = (
-        HEADER.unpack_from(data)
-    )
-    assert (magic, version, state, sequence, step) == (b"CIUICSLT", 1, STAGED, 7, 12)
-    assert snapshot == b"0123456789abcdef0123"
-    assert table_size == 2 * 24
-    assert int.from_bytes(data[table_at + 24 : table_at + 32], "little") == 4096
-    assert payload_size == slot.size_bytes == PAGE_BYTES
-    assert payload_at % PAGE_BYTES == 0
-    assert data[payload_at : payload_at + 5] == bytes(range(5))
+    plan = b"plan"
+    for request in (b"request", b"another"):
+        slot.mark_staged(12, "0123456789abcdef0123", plan, request)
+        data = _file(slot)
+        header = SlotHeader.decode(data, len(data))
+        assert header == SlotHeader(STAGED, 7, 12, "0123456789abcdef0123", 4, len(request), 2 * PAGE_BYTES, PAGE_BYTES)
+        assert data[PAGE_BYTES:].startswith(plan + request)
+    assert header.payload_size_bytes == slot.size_bytes == PAGE_BYTES
+    assert data[header.payload_at : header.payload_at + 5] == bytes(range(5))
     slot.mark(FREE)
-    assert HEADER.unpack_from(_file(slot))[2] == FREE
+    assert _header(slot) == replace(header, state=FREE)
     slot.close()
 
 
-def test_a_table_that_does_not_fit_is_left_out() -> None:
-    """More regions than there is room for leave no half table and touch no payload."""
+def test_a_description_that_does_not_fit_is_left_out() -> None:
+    """More than there is room for leaves no half description and touches no payload."""
     slot = Slot(PAGE_BYTES)
     slot.payload().fill_(3)
-    slot.mark(STAGED, step=None, snapshot="0" * 20, regions=[Region(0, 1, 1, ())] * 1000)
-    assert HEADER.unpack_from(_file(slot))[6] == 0
-    assert HEADER.unpack_from(_file(slot))[4] == -1
+    slot.mark_staged(None, "0" * 20, b"p" * PAGE_BYTES, b"r")
+    assert _header(slot).request_size_bytes == 0
+    assert _header(slot).step is None
     assert set(bytes(slot.memory)) == {3}
     slot.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan_size_bytes": 1 << 62},
+        {"request_size_bytes": PAGE_BYTES},
+        {"payload_at": 2 * PAGE_BYTES + 1},
+        {"payload_size_bytes": 1 << 63},
+        {"payload_at": PAGE_BYTES},
+    ],
+)
+def test_a_header_that_leads_outside_of_its_slot_is_refused(change: dict[str, int]) -> None:
+    """Whoever maps the memory of a dead process believes no size in it."""
+    good = SlotHeader(STAGED, 1, None, "0" * 20, 7, 5, 2 * PAGE_BYTES, PAGE_BYTES)
+    assert SlotHeader.decode(good.encode(), 3 * PAGE_BYTES) == good
+    with pytest.raises(IntegrityError):
+        SlotHeader.decode(replace(good, **change).encode(), 3 * PAGE_BYTES)  # type: ignore[arg-type]
+    with pytest.raises(IntegrityError, match="version"):
+        SlotHeader.decode(b"X" + good.encode()[1:], 3 * PAGE_BYTES)
+    with pytest.raises(IntegrityError, match="shorter"):
+        SlotHeader.decode(good.encode()[:-1], 3 * PAGE_BYTES)
+
+
+def test_a_slot_says_at_every_moment_what_it_is_good_for() -> None:
+    """Free, being filled, staged, durable: never staged while its bytes change."""
+    pool = SlotPool()
+    slot = pool.acquire(PLAN, 0, 0.0)
+    assert slot is not None
+    assert _state(slot) == FILLING
+    slot.mark_staged(1, "0" * 20)
+    assert _state(slot) == STAGED
+    pool.release(slot, retain=True)
+    assert _state(slot) == DURABLE
+    again = pool.acquire(replace(PLAN, count=1), 0, 0.0)
+    assert again is slot
+    assert _state(slot) == FILLING
+    pool.release(slot)
+    assert _state(slot) == FREE
+    pool.close()
 
 
 def test_memory_is_page_aligned_and_read_only() -> None:
@@ -114,10 +160,10 @@ def test_resizing_grows_and_never_shrinks() -> None:
     slot.resize(PAGE_BYTES)
     assert slot.size_bytes == 10 * PAGE_BYTES
     assert slot.payload()[-1] == 5
-    slot.resize(PAGE_BYTES, table_bytes=3 * PAGE_BYTES)
+    slot.resize(PAGE_BYTES, description_bytes=3 * PAGE_BYTES)
     assert slot.size_bytes == 10 * PAGE_BYTES
-    slot.mark(STAGED, regions=[Region(0, 1, 1, ())] * 500)
-    assert HEADER.unpack_from(_file(slot))[6] == 500 * 24
+    slot.mark_staged(None, "0" * 20, b"p" * 2 * PAGE_BYTES, b"r" * PAGE_BYTES)
+    assert _header(slot).request_size_bytes == PAGE_BYTES
     slot.close()
 
 

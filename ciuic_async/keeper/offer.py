@@ -1,0 +1,138 @@
+"""A restarted trainer and the keepers that earlier ones left: waits for them, uses their memory, sends them home."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ciuic_async.errors import CiuicError
+from ciuic_async.events import logger
+from ciuic_async.format.manifest import Manifest
+from ciuic_async.keeper import wire
+from ciuic_async.keeper.held import HeldSlot
+from ciuic_async.options import KEEPER
+
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_REPORT_S = 10.0
+
+
+class Offer:
+    """What one keeper has: the memory of a dead trainer's newest snapshot. End it with ``dismiss`` or ``close``.
+
+    Attributes:
+        snapshot: id in the chain of what the memory holds; None when it did not become durable.
+        step: its step.
+        problem: why it did not.
+    """
+
+    def __init__(self, link: socket.socket, keeper: int, message: wire.Message, slot: HeldSlot | None) -> None:
+        self._link = link
+        self._keeper = keeper  # pidfd
+        self._slot = slot
+        self.snapshot: str | None = message.get("snapshot")
+        self.step: int | None = message.get("step")
+        self.problem: str | None = message.get("problem")
+
+    def chunks(self, snapshot: str, manifest: Manifest) -> Mapping[bytes, memoryview]:
+        """Chunks of a snapshot that lie in this memory; they are checked by whoever reads them."""
+        if self._slot is None or snapshot != self.snapshot:
+            return {}
+        try:
+            return self._slot.chunks(manifest)
+        except CiuicError as error:
+            logger.debug("the keeper's memory is of no use: %s", error)
+            return {}
+
+    def dismiss(self) -> None:
+        """The keeper ends, and has ended when this returns: it commits nothing any more. Idempotent."""
+        self._slot = None
+        with suppress(OSError):
+            wire.send(self._link, {"go": True})
+        _await_end(self._keeper, KEEPER.exit_s)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the keeper as it is, for another try. Idempotent."""
+        self._slot = None
+        self._link.close()
+        keeper, self._keeper = self._keeper, -1
+        if keeper >= 0:
+            os.close(keeper)
+
+
+def find(origin: str, url: str) -> list[Offer]:
+    """Keepers whose trainers are dead; waits until they have done what they can. Those of living ones are left alone.
+
+    A keeper that does not finish within ``KEEPER.wait_s`` is killed: from then on it cannot commit.
+    """
+    return [offer for path in wire.addresses(origin, url) if (offer := _ask(path)) is not None]
+
+
+def _ask(path: Path) -> Offer | None:
+    link = socket.socket(socket.AF_UNIX, wire.KIND)
+    try:
+        link.connect(str(path))
+        if _peer(link)[1] != os.getuid():
+            raise OSError(f"{path} is another user's")
+        message, descriptor = _answer(link, path)
+        if message is None or message.get("state") != "over":
+            raise OSError(f"{path} belongs to a trainer that lives, or its keeper is gone")
+        keeper = os.pidfd_open(int(message["pid"]))  # it waits for our answer, so the number is still its own
+    except ConnectionRefusedError:  # it was killed, and its address stayed
+        link.close()
+        with suppress(OSError):
+            path.unlink()
+        return None
+    except (OSError, AttributeError) as error:
+        logger.debug("no keeper at %s: %s", path, error)
+        link.close()
+        return None
+    slot = None
+    if descriptor is not None:
+        with suppress(CiuicError, OSError):
+            slot = HeldSlot.open(descriptor)
+        os.close(descriptor)
+    return Offer(link, keeper, message, slot)
+
+
+def _peer(link: socket.socket) -> tuple[int, int]:
+    """Process and user who last called ``listen`` on what the link leads to."""
+    pid, uid, _ = _CREDENTIALS.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, uid
+
+
+def _answer(link: socket.socket, path: Path) -> tuple[wire.Message | None, int | None]:
+    """What the keeper says when it has time; it is killed if it does not get there."""
+    started_s = time.monotonic()
+    while (waited_s := time.monotonic() - started_s) < KEEPER.wait_s:
+        link.settimeout(min(_REPORT_S, KEEPER.wait_s - waited_s))
+        with suppress(TimeoutError):
+            answer = wire.receive(link)
+            link.settimeout(None)
+            return answer
+        logger.warning(
+            "the crashed run's keeper is still writing its newest snapshot; waiting for it, %.0f s so far",
+            time.monotonic() - started_s,
+        )
+    logger.error("the crashed run's keeper did not finish within %.0f s and is killed", KEEPER.wait_s)
+    with socket.socket(socket.AF_UNIX, wire.KIND) as again, suppress(OSError):
+        again.settimeout(1.0)
+        again.connect(str(path))  # anew: when we connected first it may have been its trainer's address still
+        _await_end(os.pidfd_open(_peer(again)[0]), 0.0)
+    return None, None
+
+
+def _await_end(keeper: int, timeout_s: float) -> None:
+    """Until the process is gone; it is killed after ``timeout_s``."""
+    if keeper < 0 or select.select([keeper], [], [], timeout_s)[0]:
+        return
+    with suppress(OSError):
+        signal.pidfd_send_signal(keeper, signal.SIGKILL)
+    select.select([keeper], [], [])

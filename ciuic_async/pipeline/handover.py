@@ -1,0 +1,160 @@
+"""A snapshot's plan and request as bytes beside its payload: all that another process needs to make it durable.
+
+Read by the keeper of the same version on the same machine (docs/design/003-keeper.md), so this is no format that lasts.
+Still nothing in it is executed, and what does not parse is an ``IntegrityError``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ciuic_async.format import jsontext
+from ciuic_async.format.digest import Buffer
+from ciuic_async.format.fields import Fields, check_array, check_integer, malformed
+from ciuic_async.format.jsontext import Hole
+from ciuic_async.format.manifest import Node, Progress, Tree
+from ciuic_async.handoffs import CapturePlan, PlannedTensor, Region
+from ciuic_async.pipeline.persist import SaveRequest
+from ciuic_async.version import ENGINE
+
+_WHAT = "staging memory"
+_LIMIT_BYTES = 1 << 40  # the memory is there already
+_HOLE = "hole"  # no value node has this tag
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What a snapshot came from.
+
+    ``parent`` and ``leaf_hash`` are the snapshot's that training was restored from, or that was durable last; None for
+    none. Snapshots of the same run in the log from index ``since`` on came after it.
+    """
+
+    parent: str | None
+    leaf_hash: bytes | None
+    since: int
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A snapshot that somebody else is to finish. ``request`` has no parent yet."""
+
+    request: SaveRequest
+    lineage: Lineage
+
+
+def encode_plan(plan: CapturePlan) -> bytes:
+    """The part that snapshots of one structure share: everything but ``plan.values``."""
+    body = jsontext.encode_template(
+        {
+            "engine": ENGINE,
+            "top": plan.top,
+            "chunk_size_bytes": plan.chunk_size_bytes,
+            "pack_count": plan.pack_count,
+            "trees": [[tree.section, tree.key, tree.node] for tree in plan.forms],
+            "tensors": [
+                [list(t.path), t.dtype, list(t.shape), t.device, t.region, t.pack_offset_bytes] for t in plan.tensors
+            ],
+            "regions": [[r.address, r.size_bytes, r.item_size_bytes, list(r.path), r.frozen] for r in plan.regions],
+        }
+    )
+    return body.fill([b'{"%s":%d}' % (_HOLE.encode(), number) for number in range(len(plan.values))])
+
+
+def encode_request(request: SaveRequest, lineage: Lineage) -> bytes:
+    """The part that each snapshot has of its own. ``request.parent`` is not looked at."""
+    return jsontext.encode(
+        {
+            "snapshot": request.snapshot,
+            "step": request.step,
+            "epoch": request.epoch,
+            "batch": request.batch,
+            "progress": [request.progress.step, request.progress.epoch, request.progress.batch],
+            "metrics": [list(metric) for metric in request.metrics],
+            "tags": list(request.tags),
+            "environment": request.environment,
+            "values": list(request.plan.values),
+            "remembered": [[region, digests.hex()] for region, digests in request.remembered.items()],
+            "parent": lineage.parent,
+            "leaf_hash": None if lineage.leaf_hash is None else lineage.leaf_hash.hex(),
+            "since": lineage.since,
+        }
+    )
+
+
+def decode(plan: Buffer, request: Buffer) -> Handover:
+    """What ``encode_plan`` and ``encode_request`` wrote.
+
+    Raises:
+        IntegrityError: they did not, or a trainer of another version did (kind ``other_version``).
+    """
+    try:
+        return _decode(_parsed(plan), _parsed(request))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise malformed(_WHAT, f"no description of a snapshot: {error}") from error
+
+
+def _parsed(data: Buffer) -> Fields:
+    return Fields(jsontext.decode(bytes(data), what=_WHAT, limit_bytes=_LIMIT_BYTES), _WHAT)
+
+
+def _decode(shared: Fields, own: Fields) -> Handover:
+    engine = shared.string("engine")
+    if engine != ENGINE:
+        error = malformed(_WHAT, f"written by {engine[:80]}, this is {ENGINE}")
+        error.kind = "other_version"
+        raise error
+    values = tuple(own.array("values"))
+    plan = CapturePlan(
+        top=shared.string("top"),
+        forms=tuple(Tree(section, key, _with_holes(node)) for section, key, node in shared.array("trees")),
+        tensors=tuple(_tensor(item) for item in shared.array("tensors")),
+        regions=tuple(_region(item) for item in shared.array("regions")),
+        pack_count=shared.integer("pack_count"),
+        chunk_size_bytes=shared.integer("chunk_size_bytes", low=1),
+        values=values,
+    )
+    step, epoch, batch = own.array("progress")
+    parent, leaf_hash = own.raw("parent"), own.raw("leaf_hash")
+    request = SaveRequest(
+        snapshot=own.string("snapshot"),
+        plan=plan,
+        step=own.raw("step"),
+        epoch=own.raw("epoch"),
+        batch=own.raw("batch"),
+        progress=Progress(step, epoch, batch),
+        metrics=tuple((name, value) for name, value in own.array("metrics")),
+        tags=own.strings("tags"),
+        environment=dict(own.raw("environment")),
+        remembered={
+            check_integer(region, _WHAT): bytes.fromhex(digests) for region, digests in own.array("remembered")
+        },
+    )
+    lineage = Lineage(parent, None if leaf_hash is None else bytes.fromhex(leaf_hash), own.integer("since"))
+    return Handover(request, lineage)
+
+
+def _tensor(item: object) -> PlannedTensor:
+    path, dtype, shape, device, region, offset = check_array(item, _WHAT)
+    return PlannedTensor(tuple(path), dtype, tuple(shape), device, region, offset)
+
+
+def _region(item: object) -> Region:
+    address, size, item_size, path, frozen = check_array(item, _WHAT)
+    return Region(check_integer(address, _WHAT), check_integer(size, _WHAT), item_size, tuple(path), frozen)
+
+
+def _with_holes(node: Any) -> Node:
+    """The node with holes again where they were; without recursion, since what is nested is as deep as values are."""
+    root = [node]
+    stack: list[Any] = [root]
+    while stack:
+        container = stack.pop()
+        items = enumerate(container) if isinstance(container, list) else list(container.items())
+        for place, item in items:
+            if isinstance(item, dict) and item.keys() == {_HOLE}:
+                container[place] = Hole(item[_HOLE])
+            elif isinstance(item, list | dict):
+                stack.append(item)
+    return root[0]
