@@ -5,6 +5,9 @@
 #   make test    every check: style, types, layers, tests
 #   make lint    the checks without the tests
 #   make crash   every fault at every operation, 200 random kills, every bit: hours
+#   make soak    2,000 snapshots with random faults: minutes
+#   make fuzz    hostile bytes for every reader, FUZZ_SECONDS (300) each: an hour
+#   make sanitize  the native core's own tests under sanitizers: a minute
 #   make bench   every measurement in bench/, one file for one question, and a report of them: an hour
 #   make clean   remove what was built
 
@@ -13,11 +16,13 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH_STAMP := .venv/.bench-installed
+FUZZ_STAMP := .venv/.fuzz-installed
+FUZZ_SECONDS ?= 300
 # The install is editable: only what decides the environment or the native core asks for a new one.
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := venv
-.PHONY: venv demo test lint crash bench clean
+.PHONY: venv demo test lint crash soak fuzz sanitize bench clean
 
 venv: $(STAMP)
 
@@ -41,6 +46,23 @@ test: lint
 crash: venv
 	CIUIC_CRASH_LONG=1 CIUIC_KILL_RUNS=20 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=14400 \
 		tests/crash tests/hostile/test_flip_every_bit.py
+
+$(FUZZ_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,fuzz]'
+	touch $@
+
+# What breaks a promise is written to build/fuzz.
+fuzz: $(FUZZ_STAMP)
+	mkdir -p build/fuzz
+	for target in $(sort $(notdir $(wildcard tests/fuzz/corpus/*))); do \
+		CIUIC_FUZZ_FOUND=build/fuzz $(BIN)/python -m tests.fuzz.fuzz "$$target" $(FUZZ_SECONDS) || exit 1; done
+
+# Needs g++ and no Python.
+sanitize:
+	csrc/tests/build.sh build/sanitize
+
+soak: venv
+	CIUIC_SOAK=2000 $(BIN)/python -m tests.crash.soak --folder bench
 
 # One weight file is read from resemblyzer: what it needs to run (audio libraries) is not installed.
 $(BENCH_STAMP): $(STAMP)

@@ -27,6 +27,8 @@ ORDER = (
     "time_to_durable",
     "codec",
     "restore",
+    "restart",
+    "crash",
     "memory",
     "scaling",
     "kernels",

@@ -115,6 +115,7 @@ def beside_the_disk(training: Training, folder: Path, repeats: int) -> dict[str,
     """The engine's way from staged to durable with ``codec="raw"``, alternating with the plain loop."""
     engine = Ciuic(folder / "chain", training.state(), codec="raw")
     ours: list[float] = []
+    writing: list[float] = []
     plain: list[float] = []
     stored = 0
     try:
@@ -123,8 +124,9 @@ def beside_the_disk(training: Training, folder: Path, repeats: int) -> dict[str,
             stats = engine.stats()[-1]
             stored = stats.stored_bytes
             plain_s = plain_loop_s(folder / "plain", stored)
-            if number >= WARM_UP_SNAPSHOTS and stats.persist_s is not None:
+            if number >= WARM_UP_SNAPSHOTS and stats.persist_s is not None and stats.write_s is not None:
                 ours.append(stats.persist_s)
+                writing.append(stats.write_s)
                 plain.append(plain_s)
     finally:
         engine.close()
@@ -132,10 +134,13 @@ def beside_the_disk(training: Training, folder: Path, repeats: int) -> dict[str,
     return {
         "stored_bytes": stored,
         "engine_persist_s": describe(ours),
+        "engine_write_s": describe(writing),
         "plain_loop_s": describe(plain),
+        "engine_write_gb_per_s": stored / statistics.median(writing) / 1e9,
         "engine_gb_per_s": stored / statistics.median(ours) / 1e9,
         "plain_gb_per_s": stored / statistics.median(plain) / 1e9,
         "times_the_plain_loop": statistics.median(a / b for a, b in zip(ours, plain, strict=True)),
+        "writing_times_the_plain_loop": statistics.median(a / b for a, b in zip(writing, plain, strict=True)),
     }
 
 

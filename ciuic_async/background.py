@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ciuic_async.chain import Snapshot, SnapshotChain
@@ -45,12 +46,14 @@ class Job:
     pending: PendingSnapshot
     stats: SnapshotStats
     staged_s: float = 0.0
+    submitted_s: float = 0.0
     deadline_s: float | None = None
     description: Description = (b"", b"")
 
 
 class BackgroundWriter:
-    """Owns the thread ``ciuic-writer``, which begins with ``start`` and ends with ``close``.
+    """Owns the thread ``ciuic-writer``, which begins with ``start`` and ends with ``close``; and ``ciuic-late``, which
+    says so when the other one is stuck.
 
     Args:
         chain: where snapshots go.
@@ -82,8 +85,13 @@ class BackgroundWriter:
         self._tidy_problem: str | None = None
         self._last_tidy_problem = ""
         self._ends_itself = False
+        self._closing = False
         self._idle = threading.Condition()
-        self._unfinished = 0
+        self._under_way: deque[Job] = deque()  # guarded by _idle
+        self._late = threading.Thread(target=self._watch, name="ciuic-late", daemon=True)
+        self._ended = threading.Event()
+        self._usual_s = 0.0
+        self._told_late_s = float("-inf")
         self._submitted_s = float("-inf")
         self._kept: InMemory | None = None  # the bytes of the newest durable snapshot, for the writer thread alone
         self._began_at = chain.log_size
@@ -108,8 +116,11 @@ class BackgroundWriter:
         """Start the threads, if they do not run yet. Called before anything is taken that a job would own.
 
         Raises:
-            SaveFailedError: the system gives no thread.
+            SaveFailedError: the system gives no thread; or it is being closed, by an interpreter that ends while
+                another thread still saves.
         """
+        if self._closing:
+            raise SaveFailedError("the writer is closed: nothing more is taken", kind="closed")
         if self._thread is not None:
             return
         thread = threading.Thread(target=self._run, name="ciuic-writer", daemon=True)
@@ -121,22 +132,24 @@ class BackgroundWriter:
                 kind="no_thread",
             ) from error
         self._thread = thread
+        with suppress(RuntimeError):  # no thread left for it: then nobody tells of a disk that hangs
+            self._late.start()
         self._persister.start()
 
     def submit(self, job: Job) -> None:
         """Queue a job, after ``start``; the number of slots bounds the queue."""
         now_s = time.monotonic()
         interval_s = now_s - self._submitted_s
-        self._submitted_s = now_s
+        self._submitted_s = job.submitted_s = now_s
         job.deadline_s = now_s + min(WRITE.patience_s, WRITE.patience_fraction * interval_s)
         with self._idle:
-            self._unfinished += 1
+            self._under_way.append(job)
         self._jobs.put(job)
 
     def wait_idle(self) -> None:
         """Wait until nothing is under way, retention included."""
         with self._idle:
-            self._idle.wait_for(lambda: self._unfinished == 0)
+            self._idle.wait_for(lambda: not self._under_way)
 
     def stats(self) -> list[SnapshotStats]:
         """Figures of finished snapshots, in order of their completion."""
@@ -163,6 +176,7 @@ class BackgroundWriter:
 
         Garbage collection may call this on the writer thread itself: then it ends when its jobs are done.
         """
+        self._closing = True  # first: a thread that saves meanwhile must not start another writer
         thread, self._thread = self._thread, None
         if thread is not None:
             self._ends_itself = thread is threading.current_thread()
@@ -184,13 +198,16 @@ class BackgroundWriter:
                 self._failed(job, failure)
             finally:
                 with self._idle:
-                    self._unfinished -= 1
+                    self._under_way.popleft()  # this one: they end in the order in which they came
                     self._idle.notify_all()
             del job  # while waiting for the next one nothing of this one is kept alive
         if self._ends_itself:
             self._end()
 
     def _end(self) -> None:
+        self._ended.set()
+        if self._late.ident is not None and self._late is not threading.current_thread():
+            self._late.join()
         self.digesters.close()
         self._persister.close()
         self._pool.close()
@@ -223,6 +240,7 @@ class BackgroundWriter:
         stats = replace(
             job.stats,
             persist_s=seconds,
+            write_s=persisted.write_s,
             raw_bytes=entry.raw_bytes,
             stored_bytes=entry.stored_bytes,
             deduplicated_bytes=persisted.deduplicated_bytes,
@@ -238,6 +256,7 @@ class BackgroundWriter:
             seconds,
         )
         notify(self._listener, Event("commit", entry.snapshot, entry.stored_bytes, seconds))
+        self._usual_s = seconds
         self.newest = Snapshot(self._chain, Line(persisted.index, entry, persisted.leaf_hash))
         job.pending.durable(self.newest)
 
@@ -247,6 +266,33 @@ class BackgroundWriter:
         with self._mutex:
             self._stats.append(job.stats)
         job.pending.failed(error)
+
+    def _watch(self) -> None:
+        """On ``ciuic-late``: the writer cannot say that it hangs, and training may be waiting for it in ``close``."""
+        while not self._ended.wait(WRITE.late_s / 4):
+            self._tell_if_late()
+
+    def _tell_if_late(self) -> None:
+        now_s = time.monotonic()
+        with self._idle:
+            job = self._under_way[0] if self._under_way else None
+        if job is None or now_s - self._told_late_s < WRITE.late_again_s:
+            return
+        waited_s = now_s - job.submitted_s
+        if waited_s < max(WRITE.late_s, WRITE.late_factor * self._usual_s):
+            return
+        self._told_late_s = now_s
+        newest = self.newest
+        logger.warning(
+            "snapshot %s of step %s is not durable %.0f s after it was staged%s: %s is slow or hangs; training goes on "
+            "as long as memory is free for snapshots; newest durable: %s. Look at the disk (dmesg, iostat -x)",
+            job.request.snapshot,
+            job.request.step,
+            waited_s,
+            f" (the one before: {self._usual_s:.1f} s)" if self._usual_s else "",
+            self._chain.url,
+            "none of this run" if newest is None else f"step {newest.step} (snapshot {newest.id})",
+        )
 
     def _tidy(self) -> None:
         """Retention after a snapshot is durable, and once a sweep of what crashed writers left.

@@ -164,8 +164,8 @@ class Checkpointer:
         target = self._chain.target()
         self._keeper: Keeper | None = None
         if keeper:
-            charge = Charge(self._chain.store.url, self._chain.secret, self._chain.run, codec)
-            self._keeper = Keeper(charge, self._chain.origin)
+            store = self._chain.store
+            self._keeper = Keeper(Charge(store.url, self._chain.origin, self._chain.secret, self._chain.run, codec))
         self._pool = SlotPool(self._keeper)
         persister = Persister(target, self._chain.file, encoder, self._chain.run)
         self._writer = BackgroundWriter(self._chain, persister, self._pool, keep, listener)
@@ -430,6 +430,10 @@ class Checkpointer:
         """Capture, stage and hand over; what was discarded before becomes this one. Raises for no state or machine."""
         if self._closed:
             raise UsageError("this Checkpointer is closed")
+        if not self._finalizer.alive:  # the interpreter ends, and a daemon thread still saves: no traceback for that
+            late = PendingSnapshot(self._step)
+            late.failed(SaveFailedError("the interpreter ends: nothing more is taken", kind="closed"), seen=True)
+            return late
         self._overlap.gate.forget_loading()
         torn = self._overlap.take_torn()
         self._schedule.taken(scheduled=due, again=torn is not None)
@@ -534,7 +538,7 @@ def _report_leaving(writer: BackgroundWriter, notice: Notice, pending: PendingSn
 
 
 def _report_expired(writer: BackgroundWriter, notice: Notice) -> None:
-    message = "%s: no step ended in its grace time; the newest durable snapshot is %s"
+    message = "%s: its grace time is over; the newest durable snapshot is %s"
     logger.error(message, notice.name, _newest(writer))
 
 

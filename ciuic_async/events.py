@@ -12,6 +12,16 @@ from dataclasses import dataclass
 logger = logging.getLogger("ciuic_async")
 
 
+def _plain(record: logging.LogRecord) -> bool:
+    """Errors as text: who keeps a record must not keep the frames of an error, and the staged memory they refer to."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(str(item) if isinstance(item, BaseException) else item for item in record.args)
+    return True
+
+
+logger.addFilter(_plain)
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotStats:
     """One snapshot in figures. Times in seconds; None where it did not come to that.
@@ -23,6 +33,7 @@ class SnapshotStats:
         gate_s: the share of ``stall_s`` spent in the optimizer gate.
         stage_s: copying into host memory.
         persist_s: from staged to durable.
+        write_s: the share of ``persist_s`` in which segments were being written.
         raw_bytes: bytes of all tensors.
         stored_bytes: bytes of segments written for it.
         deduplicated_bytes: raw bytes that were referenced instead of written.
@@ -35,6 +46,7 @@ class SnapshotStats:
     gate_s: float = 0.0
     stage_s: float = 0.0
     persist_s: float | None = None
+    write_s: float | None = None
     raw_bytes: int = 0
     stored_bytes: int = 0
     deduplicated_bytes: int = 0

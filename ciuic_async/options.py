@@ -41,6 +41,12 @@ class WriteOptions:
     """How long a snapshot is made durable in time that training leaves over; then at normal priority."""
     patience_fraction: float = 0.2
     """The same as a share of the time between snapshots: each is durable before the next is due."""
+    late_s: float = 60.0
+    """A snapshot that is not durable so long after it was staged is told of in the log: the disk is slow or hangs."""
+    late_factor: float = 3.0
+    """Nothing is late before so many times what the snapshot before it took: large states on slow disks are no news."""
+    late_again_s: float = 600.0
+    """It is not told again before this time is over, whichever snapshot it is then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ Where no step comes within the grace time a thread passes it on.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import signal
@@ -22,6 +23,10 @@ from typing import Any
 from ciuic_async.events import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LONGEST_GRACE_S = 7 * 24 * 3600.0
+"""What locks and queues can wait for has an end; nobody who announces an end waits this long."""
+_HANDLER_S = 1.0
+"""How long the main thread may take to come to a handler once the grace time is over."""
 _WARNINGS = frozenset({signal.SIGUSR1})
 """Signals that announce an end and are none: where nobody handles them, training goes on after the flush."""
 
@@ -52,7 +57,7 @@ class Preemption:
     """
 
     def __init__(self, grace_s: float, report: Callable[[Notice], None]) -> None:
-        self._grace_s = grace_s
+        self._grace_s = min(grace_s, _LONGEST_GRACE_S)
         self._report = report
         self._owner_pid = os.getpid()
         self._previous: dict[int, Handler] = {}
@@ -79,7 +84,7 @@ class Preemption:
 
     def take(self) -> Notice | None:
         """The signal to act on now, or None. Whoever gets one calls ``pass_on`` when that is done."""
-        return next(iter(self._notices.values()), None)
+        return next(iter(list(self._notices.values())), None)  # a copy: one may come between two instructions
 
     def pass_on(self, notice: Notice) -> None:
         """Give the signal to whoever handled it before: that may end the process, or raise. Else training goes on."""
@@ -94,7 +99,8 @@ class Preemption:
     def close(self) -> None:
         """Set the handlers back that were there before, unless others were set on top. Idempotent.
 
-        A signal that nobody acted on is sent again: it is for whoever comes next.
+        A signal that nobody acted on is sent again: it is for whoever comes next. Not so a warning that nobody handles:
+        that would end a process which leaves in order.
         """
         if os.getpid() != self._owner_pid:
             return
@@ -103,15 +109,27 @@ class Preemption:
             self._thread.join()
         self._restore()
         notices, self._notices = self._notices, {}
-        for notice in notices.values():
-            os.kill(self._owner_pid, notice.number)
+        for number in notices:
+            if not self._is_only_a_warning(number):
+                os.kill(self._owner_pid, number)
 
     def _restore(self) -> None:
         _installed.discard(self)
-        for number, previous in self._previous.items():
+        for number in self._previous:
             with suppress(ValueError):  # another thread closes: the handler stays, and passes everything on
                 if signal.getsignal(number) is self._handler:
-                    signal.signal(number, previous)
+                    signal.signal(number, self._before(number))
+
+    def _before(self, number: int) -> Handler:
+        """The handler below. Another checkpointer's that was closed meanwhile, under ours, has nothing to do there."""
+        previous = self._previous[number]
+        below = getattr(previous, "__self__", None)
+        if isinstance(below, Preemption) and below not in _installed:
+            return below._before(number)
+        return previous
+
+    def _is_only_a_warning(self, number: int) -> bool:
+        return number in _WARNINGS and self._before(number) == signal.SIG_DFL
 
     # --- on the main thread, between two instructions of whatever it does: no locks, no logging ---------------------
 
@@ -128,10 +146,10 @@ class Preemption:
         self._queue.put(notice)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        previous = self._previous.get(number)
+        previous = self._before(number)
         if callable(previous):
             previous(number, frame)
-        elif previous == signal.SIG_DFL and not (number in _WARNINGS and os.getpid() == self._owner_pid):
+        elif previous == signal.SIG_DFL and not (os.getpid() == self._owner_pid and self._is_only_a_warning(number)):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -146,6 +164,17 @@ class Preemption:
                 if self._notices.pop(notice.number, None) is not None:
                     self._passing_on.add(notice.number)
                     os.kill(self._owner_pid, notice.number)
+                    self._insist(notice.number)
+
+    def _insist(self, number: int) -> None:
+        """A main thread that hangs in native code (a collective, a driver) runs no handler, so no signal ends it."""
+        gives_up_s = time.monotonic() + _HANDLER_S
+        while number in self._passing_on and time.monotonic() < gives_up_s:
+            time.sleep(_HANDLER_S / 20)
+        if number in self._passing_on and self._before(number) == signal.SIG_DFL and number not in _WARNINGS:
+            # What the kernel would have done without us. Python's own ``signal`` is for the main thread.
+            ctypes.CDLL(None).signal(number, None)
+            os.kill(self._owner_pid, number)
 
 
 _installed: weakref.WeakSet[Preemption] = weakref.WeakSet()

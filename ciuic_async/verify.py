@@ -197,7 +197,8 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
     for generation in generations:
         name = layout.locator(entry.snapshot, generation)
         try:
-            newest = locator.decode(walk.store.read(name, locator.LIMIT_BYTES), entry.snapshot, generation, distinct)
+            data = walk.store.read(name, locator.limit_bytes(len(distinct)))
+            newest = locator.decode(data, entry.snapshot, generation, distinct)
         except CiuicError as error:
             walk.report(error, snapshot=entry.snapshot, where=name)
     if newest is None:

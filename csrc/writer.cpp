@@ -17,6 +17,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -29,6 +30,7 @@ namespace ciuic {
 namespace {
 
 constexpr std::uint64_t kPreallocateBytes = std::uint64_t{64} << 20;  // ahead of the writes: fewer, larger extents
+constexpr std::uint64_t kScarceBytes = std::uint64_t{1} << 30;         // less is free: others need what we would only hold
 constexpr std::size_t kPreallocateMinimumBytes = std::size_t{1} << 20;  // a file that ends here needs no room ahead
 constexpr std::size_t kLendMinimumBytes = std::size_t{64} << 10;       // below, a copy is cheaper than one more vector
 constexpr std::size_t kBatchBytes = std::size_t{9} << 20;              // one system call, two chunks: enough for a deep queue
@@ -241,12 +243,22 @@ struct DirectWriter::State {
     return 0;
   }
 
-  // Advice: an error here, a full disk included, shows in the write itself.
+  // Room for what is written next, and where there is plenty for more. Advice: an error here, a full disk included, shows
+  // in the write itself. The length of the file stays.
   void preallocate(std::size_t upcoming) noexcept {
-    if (!direct || offset + upcoming <= preallocated || upcoming < kPreallocateMinimumBytes) return;
-    preallocated = std::max(preallocated, offset) + kPreallocateBytes;
-    static_cast<void>(fallocate(fd, FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
-                                static_cast<off_t>(preallocated - offset)));
+    const std::uint64_t needed = offset + upcoming;
+    if (!direct || needed <= preallocated || upcoming < kPreallocateMinimumBytes) return;
+    preallocated = needed + (is_plenty_free() ? kPreallocateBytes : 0);
+    const int failed = fallocate(fd, FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset), static_cast<off_t>(preallocated - offset));
+    if (failed != 0 && (errno == ENOSPC || errno == EDQUOT)) {
+      // What it got before the disk was full is ours until we give it back.
+      static_cast<void>(!ftruncate(fd, static_cast<off_t>(offset)));
+    }
+  }
+
+  bool is_plenty_free() const noexcept {
+    struct statvfs status;
+    return fstatvfs(fd, &status) == 0 && status.f_bavail >= kScarceBytes / std::max<unsigned long>(status.f_frsize, 1);
   }
 
   void set_direct(bool wanted) noexcept {

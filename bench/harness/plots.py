@@ -149,6 +149,31 @@ def restore(result: Mapping[str, Any]) -> Iterator[Figure]:
     yield made
 
 
+def restart(result: Mapping[str, Any]) -> Iterator[Figure]:
+    names = list(result["seconds"])
+    made, (axes,) = figure(len(names))
+    described = [result["seconds"][name] for name in names]
+    bars(axes, names, [one["median"] for one in described], "seconds until training goes on (median, 95%)")
+    intervals(axes, described)
+    yield made
+
+
+def crash(result: Mapping[str, Any]) -> Iterator[Figure]:
+    """The share of faults after which the acknowledged state was gone or torn."""
+    names = list(result["contenders"])
+    made, panels = figure(len(names), 2)
+    for axes, label, place in zip(panels, ("killed", "power cut"), (("killed",), ("power_cut", "strict")), strict=True):
+        shares = []
+        for name in names:
+            found = result["contenders"][name]
+            for key in place:
+                found = (found or {}).get(key)
+            shares.append(100 * (1 - found["good"] / found["cases"]) if found and found["cases"] else 0.0)
+        bars(axes, names, shares, f"{label}: percent lost or torn")
+    panels[1].set_yticks([])
+    yield made
+
+
 def memory(result: Mapping[str, Any]) -> Iterator[Figure]:
     names = list(result["contenders"])
     made, (axes,) = figure(len(names))
@@ -192,6 +217,8 @@ DRAWN: dict[str, Callable[[Mapping[str, Any]], Iterator[Figure]]] = {
     "time_to_durable": durable,
     "codec": codec,
     "restore": restore,
+    "restart": restart,
+    "crash": crash,
     "memory": memory,
     "scaling": scaling,
     "kernels": kernels,

@@ -184,7 +184,7 @@ def _encode(
     planes = []
     for plane in byteplane.split_planes(transform.forward(how, raw, base, item_size_bytes), item_size_bytes):
         frame = zstd.compress(plane, level) if _pays(plane, level, effort.minimum_gain) else plane
-        shrank = len(frame) <= len(plane) * (1 - effort.minimum_gain)
+        shrank = len(frame) < len(plane) and len(frame) <= len(plane) * (1 - effort.minimum_gain)
         payload.append(frame if shrank else plane)
         planes.append((PLANE_ZSTD if shrank else PLANE_RAW, len(payload[-1])))
     if all(method == PLANE_RAW for method, _ in planes):

@@ -22,6 +22,8 @@ from ciuic_async.format.segment import (
 SCHEMA = "ciuic.dev/locator/v1"
 SCHEMA_WITH_BASES = "ciuic.dev/locator/v2"
 LIMIT_BYTES = 256 << 20
+HEAD_LIMIT_BYTES = 4 << 10
+CHUNK_LIMIT_BYTES = 1536  # its row, those of a base at each of four depths, and a segment of its own for each of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,15 @@ class Locator:
         return jsontext.encode(body | {"digest": digest(jsontext.encode(body)).hex()})
 
 
+def limit_bytes(chunks: int) -> int:
+    """The most that a locator of so many distinct chunks can need.
+
+    It is unsigned, so anybody who can write to the store could make it as large as readers allow; parsed JSON takes
+    many times its size.
+    """
+    return min(LIMIT_BYTES, HEAD_LIMIT_BYTES + CHUNK_LIMIT_BYTES * chunks)
+
+
 def decode(data: bytes, snapshot: str, generation: int, distinct: dict[bytes, int]) -> Locator:
     """Parse a locator.
 
@@ -100,7 +111,7 @@ def decode(data: bytes, snapshot: str, generation: int, distinct: dict[bytes, in
         IntegrityError: kind ``digest_mismatch``, ``malformed``, ``bad_name`` or one of ``jsontext.decode``.
     """
     what = layout.locator(snapshot, generation)
-    value = jsontext.decode(data, what=what, limit_bytes=LIMIT_BYTES)
+    value = jsontext.decode(data, what=what, limit_bytes=limit_bytes(len(distinct)))
     fields = Fields(value, what)
     with_bases = isinstance(value, dict) and value.get("schema") == SCHEMA_WITH_BASES
     fields.schema(SCHEMA_WITH_BASES if with_bases else SCHEMA)

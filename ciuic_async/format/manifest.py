@@ -7,7 +7,7 @@ check everything that can be checked without the chunks themselves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import product
@@ -402,8 +402,8 @@ def decode_root(data: bytes, snapshot: str) -> ManifestRoot:
     return root
 
 
-def assemble(root: ManifestRoot, parts: Sequence[bytes]) -> Manifest:
-    """Parse all parts (whose SHA-256 the caller has checked) and check what they say together."""
+def assemble(root: ManifestRoot, parts: Iterable[bytes]) -> Manifest:
+    """Parse all parts (whose SHA-256 the caller has checked), one after the other, and check what they say together."""
     trees: list[Tree] = []
     packs: list[Pack] = []
     tensors: list[StoredTensor] = []

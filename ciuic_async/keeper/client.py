@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +23,10 @@ LOG = "CIUIC_KEEPER_LOG"
 """Environment variable: a file that keepers append their messages to. They have no other voice."""
 
 _PROGRAM = (
-    "import sys; sys.path.append(sys.argv[1]); "
+    # At once, since importing takes a while: signals are often sent to all processes of a job.
+    "import os, signal, sys; "
+    "[signal.signal(getattr(signal, f'SIG{name}'), signal.SIG_IGN) for name in 'INT HUP QUIT USR1 USR2 TERM'.split()]; "
+    "sys.path += [folder for folder in sys.argv[1].split(os.pathsep) if folder not in sys.path]; "
     "from ciuic_async.keeper.process import main; main(*map(int, sys.argv[2:]))"
 )
 
@@ -47,6 +51,8 @@ def check_available(url: str) -> None:
         missing = "it needs Linux 5.3 or newer"
     elif not sys.executable:
         missing = "this process does not know its Python interpreter (sys.executable is empty)"
+    elif getattr(sys, "frozen", False):
+        missing = f"{sys.executable} is a program of its own, and no Python interpreter"
     else:
         try:
             os.close(os.pidfd_open(os.getpid()))
@@ -63,12 +69,10 @@ class Keeper:
 
     Args:
         charge: what the keeper does in this process's place.
-        origin: of the chain.
     """
 
-    def __init__(self, charge: Charge, origin: str) -> None:
+    def __init__(self, charge: Charge) -> None:
         self._charge = charge
-        self._origin = origin
         self._mutex = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
@@ -82,7 +86,7 @@ class Keeper:
         with self._mutex:
             self._held[id(slot)] = slot
             if self._link is not None:
-                self._send({"hold": id(slot)}, slot.descriptor)
+                self._send({"hold": id(slot)}, [slot.descriptor])
 
     def let_go(self, slot: Memory) -> None:
         """A slot is about to be closed."""
@@ -147,16 +151,18 @@ class Keeper:
     def _start(self) -> None:
         # The address is there from now on, so that whoever is restarted at once finds a keeper that is still starting.
         self._forget_address()
-        self._address, listener = wire.listen(self._origin, self._charge.url)
+        self._address, listener = wire.listen(self._charge.origin, self._charge.url)
         ours, theirs = socket.socketpair(socket.AF_UNIX, wire.KIND)
         with listener, theirs:
             ours.setblocking(False)  # a keeper that is stopped must not stop training
             self._link = ours
+            # The trainer may have found its packages in a way of its own, which the interpreter alone does not know.
             package = str(Path(__file__).resolve().parents[2])
+            folders = os.pathsep.join([package, *(os.path.abspath(folder) for folder in sys.path if folder)])
             numbers = [os.getpid(), theirs.fileno(), listener.fileno()]
             with open(os.environ.get(LOG) or os.devnull, "ab") as messages:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _PROGRAM, package, *map(str, numbers)],
+                    [sys.executable, "-P", "-c", _PROGRAM, folders, *map(str, numbers)],
                     stdin=subprocess.DEVNULL,
                     stdout=messages,
                     stderr=messages,
@@ -169,6 +175,7 @@ class Keeper:
             {
                 "address": str(self._address),
                 "url": charge.url,
+                "origin": charge.origin,
                 "secret": charge.secret,
                 "run": charge.run,
                 "codec": charge.codec,
@@ -176,13 +183,13 @@ class Keeper:
             }
         )
         for number, slot in self._held.items():
-            self._send({"hold": number}, slot.descriptor)
+            self._send({"hold": number}, [slot.descriptor])
 
-    def _send(self, message: wire.Message, descriptor: int | None = None) -> None:
+    def _send(self, message: wire.Message, descriptors: Sequence[int] = ()) -> None:
         if self._link is None:
             return
         try:
-            wire.send(self._link, message, descriptor)
+            wire.send(self._link, message, descriptors)
         except OSError as error:  # killed, or stopped with a full link: noticed at the next save
             logger.debug("the keeper does not listen: %s", error)
             self._drop_link()

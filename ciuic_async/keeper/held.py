@@ -51,10 +51,11 @@ class HeldSlot:
     def window(self, handover: Handover) -> StagedWindow:
         """The payload: the whole snapshot, but for what the request remembers. Raises IntegrityError."""
         payload = self._memory[self.header.payload_at :][: self.header.payload_size_bytes]
-        chunks = tuple(handover.request.plan.chunks())
-        if any(chunk.address + chunk.size_bytes > len(payload) for chunk in chunks):
+        plan = handover.request.plan
+        # Before chunks are counted: a region that claims more than there is would have any number of them.
+        if any(region.address + region.size_bytes > len(payload) for region in plan.regions):
             raise IntegrityError(f"staging memory: {len(payload)} bytes are not all of the snapshot", kind="bad_slot")
-        return StagedWindow(0, chunks, payload)
+        return StagedWindow(0, tuple(plan.chunks()), payload)
 
     def chunks(self, manifest: Manifest) -> Mapping[bytes, memoryview]:
         """By digest the bytes of a manifest's chunks, if it is this snapshot's; whether they are right is to be seen.

@@ -21,6 +21,7 @@ from ciuic_async.options import KEEPER
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _REPORT_S = 10.0
+_CONNECT_S = 10.0
 
 
 class Offer:
@@ -51,11 +52,15 @@ class Offer:
             return {}
 
     def dismiss(self) -> None:
-        """The keeper ends, and has ended when this returns: it commits nothing any more. Idempotent."""
+        """The keeper ends: it commits nothing any more when this returns. Idempotent."""
         self._slot = None
+        gone = None
         with suppress(OSError):
             wire.send(self._link, {"go": True})
-        _await_end(self._keeper, KEEPER.exit_s)
+            self._link.settimeout(KEEPER.exit_s)
+            gone, _ = wire.receive(self._link)
+        if gone is None:
+            _end(self._keeper)
         self.close()
 
     def close(self) -> None:
@@ -77,14 +82,15 @@ def find(origin: str, url: str) -> list[Offer]:
 
 def _ask(path: Path) -> Offer | None:
     link = socket.socket(socket.AF_UNIX, wire.KIND)
+    descriptors: list[int] = []
     try:
+        link.settimeout(_CONNECT_S)
         link.connect(str(path))
         if _peer(link)[1] != os.getuid():
             raise OSError(f"{path} is another user's")
-        message, descriptor = _answer(link, path)
-        if message is None or message.get("state") != "over":
+        message, descriptors = _answer(link, path)
+        if message is None or message.get("state") != "over" or not descriptors:
             raise OSError(f"{path} belongs to a trainer that lives, or its keeper is gone")
-        keeper = os.pidfd_open(int(message["pid"]))  # it waits for our answer, so the number is still its own
     except ConnectionRefusedError:  # it was killed, and its address stayed
         link.close()
         with suppress(OSError):
@@ -92,13 +98,16 @@ def _ask(path: Path) -> Offer | None:
         return None
     except (OSError, AttributeError) as error:
         logger.debug("no keeper at %s: %s", path, error)
+        wire.close_all(descriptors)
         link.close()
         return None
+    # Not its number: that means another process to whoever is in another container.
+    keeper, *rest = descriptors
     slot = None
-    if descriptor is not None:
+    if rest:
         with suppress(CiuicError, OSError):
-            slot = HeldSlot.open(descriptor)
-        os.close(descriptor)
+            slot = HeldSlot.open(rest[0])
+        wire.close_all(rest)
     return Offer(link, keeper, message, slot)
 
 
@@ -108,7 +117,7 @@ def _peer(link: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def _answer(link: socket.socket, path: Path) -> tuple[wire.Message | None, int | None]:
+def _answer(link: socket.socket, path: Path) -> tuple[wire.Message | None, list[int]]:
     """What the keeper says when it has time; it is killed if it does not get there."""
     started_s = time.monotonic()
     while (waited_s := time.monotonic() - started_s) < KEEPER.wait_s:
@@ -125,14 +134,22 @@ def _answer(link: socket.socket, path: Path) -> tuple[wire.Message | None, int |
     with socket.socket(socket.AF_UNIX, wire.KIND) as again, suppress(OSError):
         again.settimeout(1.0)
         again.connect(str(path))  # anew: when we connected first it may have been its trainer's address still
-        _await_end(os.pidfd_open(_peer(again)[0]), 0.0)
-    return None, None
+        pid = _peer(again)[0]
+        keeper = os.pidfd_open(pid)
+        try:
+            # One that never came so far as to listen itself leaves its trainer's number there, by now anybody's.
+            if b"ciuic_async.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                _end(keeper)
+        finally:
+            os.close(keeper)
+    return None, []
 
 
-def _await_end(keeper: int, timeout_s: float) -> None:
-    """Until the process is gone; it is killed after ``timeout_s``."""
-    if keeper < 0 or select.select([keeper], [], [], timeout_s)[0]:
+def _end(keeper: int) -> None:
+    """Kill a process, and wait until it is gone; not for ever, since a disk that hangs holds what writes to it."""
+    if keeper < 0:
         return
     with suppress(OSError):
         signal.pidfd_send_signal(keeper, signal.SIGKILL)
-    select.select([keeper], [], [])
+    if not select.select([keeper], [], [], KEEPER.exit_s)[0]:
+        logger.error("the crashed run's keeper does not end: it may still add the snapshot that it had")

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,8 +22,22 @@ from ciuic_async.keeper.rescue import Charge, Outcome, newest, rescue
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 
 
-class _Terminated(Exception):  # noqa: N818 (no error: somebody wants the machine back)
-    """SIGTERM after the rescue: nobody is going to restart a trainer here."""
+_LOOK_AGAIN_S = 1.0
+_PROBLEM_CHARS = 2000  # a packet has a limit
+_DEAF_TO = (
+    # A terminal's, whatever they mean to the trainer; and what batch systems send to all processes of a job.
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    # Often sent to all processes at once: there may be work to do.
+    signal.SIGTERM,
+)
+
+
+class _Terminated(BaseException):
+    """SIGTERM after the rescue: nobody is going to restart a trainer here. No Exception: no attempt may swallow it."""
 
 
 def main(trainer_pid: int, link_descriptor: int, listener_descriptor: int) -> None:
@@ -31,9 +46,8 @@ def main(trainer_pid: int, link_descriptor: int, listener_descriptor: int) -> No
     Args:
         listener_descriptor: a socket that listens already.
     """
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's; the trainer decides what they mean
+    for number in _DEAF_TO:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # often sent to all processes at once: there may be work to do
     link, listener = socket.socket(fileno=link_descriptor), socket.socket(fileno=listener_descriptor)
     listener.listen()  # again: from now on the address is this process's, for whoever asks the kernel
     link.setblocking(True)
@@ -57,12 +71,14 @@ class _Keeper:
         self._listener = listener
         self._address = Path(hello["address"])
         self._link_open = True
-        self._charge = Charge(hello["url"], hello["secret"], hello["run"], hello["codec"])
+        self._charge = Charge(hello["url"], hello["origin"], hello["secret"], hello["run"], hello["codec"])
         self._grace_s = float(hello["grace_s"])
         self._slots: dict[int, int] = {}  # number of a slot -> descriptor
         self._dismissed = False  # the trainer ended in order
         self._outcome = Outcome()
+        self._tried: list[str] = []
         self._died_s = 0.0
+        self._trainer_pid = trainer_pid
         self._trainer: int | None = None
         with suppress(ProcessLookupError):
             self._trainer = os.pidfd_open(trainer_pid)
@@ -80,12 +96,14 @@ class _Keeper:
         poll.register(self._listener, select.POLLIN)
         died = self._trainer is None
         while not died:
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            # Without a link there is a trainer that became another program, perhaps, which no pidfd tells.
+            ready = {descriptor for descriptor, _ in poll.poll(None if self._link_open else 1000 * _LOOK_AGAIN_S)}
             died = self._trainer in ready
             if self._link.fileno() in ready and not self._take_messages():
-                poll.unregister(self._link)  # a trainer that exec'ed, perhaps; its death is told by the pidfd alone
+                poll.unregister(self._link)
             if self._dismissed:
                 return False
+            died = died or (not self._link_open and self._trainer_gave_up_all())
             if self._listener.fileno() in ready and not died:
                 self._answer({"state": "watching"})
         self._take_messages()
@@ -96,15 +114,15 @@ class _Keeper:
         """Everything that is there; False when no more will come."""
         while self._link_open:
             try:
-                message, descriptor = wire.receive(self._link)
+                message, descriptors = wire.receive(self._link)
             except BlockingIOError:
                 return True
             except OSError:
-                message, descriptor = None, None
+                message, descriptors = None, []
             if message is None:
                 self._link_open = False
-            elif "hold" in message and descriptor is not None:
-                self._slots[message["hold"]] = descriptor
+            elif "hold" in message and descriptors:
+                (self._slots[message["hold"]],) = descriptors
             elif "let_go" in message:
                 descriptor = self._slots.pop(message["let_go"], None)
                 if descriptor is not None:
@@ -112,6 +130,20 @@ class _Keeper:
             elif "bye" in message:
                 self._dismissed = True
         return False
+
+    def _trainer_gave_up_all(self) -> bool:
+        """Whether the trainer lives and has none of the memory any more: it called ``exec``, its threads are gone."""
+        held = {(found.st_dev, found.st_ino) for found in map(os.fstat, self._slots.values())}
+        folder = f"/proc/{self._trainer_pid}/fd"
+        try:
+            for name in os.listdir(folder):
+                with suppress(FileNotFoundError):  # closed meanwhile
+                    found = os.stat(f"{folder}/{name}")
+                    if (found.st_dev, found.st_ino) in held:
+                        return False
+        except OSError:  # nobody knows
+            return False
+        return True
 
     # --- the trainer is dead ----------------------------------------------------------------------------------------
 
@@ -129,7 +161,7 @@ class _Keeper:
                 held.pop(number, None)
                 os.close(self._slots.pop(number))
         del held
-        self._outcome = rescue(self._charge, chosen)
+        self._outcome = rescue(self._charge, chosen, self._tried)
         _log(self._outcome)
 
     def offer(self) -> None:
@@ -145,8 +177,11 @@ class _Keeper:
             if now_s >= ends_s:
                 return
             if now_s >= next_s:
-                self._outcome = rescue(self._charge, self._outcome.slot)
+                # A commit is not broken off. Whoever said SIGTERM meanwhile is heard afterwards.
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+                self._outcome = rescue(self._charge, self._outcome.slot, self._tried)
                 _log(self._outcome)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
                 pause_s, tried_s = min(2 * pause_s, _LONGEST_PAUSE_S), time.monotonic()
                 continue
             if select.select([self._listener], [], [], next_s - now_s)[0] and self._hand_over():
@@ -155,23 +190,31 @@ class _Keeper:
     def _hand_over(self) -> bool:
         """Answer a restarted trainer; True when it needs nothing any more."""
         outcome = self._outcome
-        return self._answer(
-            {"state": "over", "snapshot": outcome.snapshot, "step": outcome.step, "problem": outcome.problem},
-            next(iter(self._slots.values()), None),
-        )
+        problem = outcome.problem and outcome.problem[:_PROBLEM_CHARS]
+        myself = os.pidfd_open(os.getpid())
+        try:
+            return self._answer(
+                {"state": "over", "snapshot": outcome.snapshot, "step": outcome.step, "problem": problem},
+                [myself, *self._slots.values()],
+            )
+        finally:
+            os.close(myself)
 
-    def _answer(self, message: wire.Message, descriptor: int | None = None) -> bool:
-        """Say something to who connects, and wait for what it says, if it got a descriptor: True for "go"."""
-        message = {**message, "pid": os.getpid()}
+    def _answer(self, message: wire.Message, descriptors: Sequence[int] = ()) -> bool:
+        """Say something to who connects, and wait for what it says, unless that was "watching": True for "go"."""
         with suppress(OSError):
             peer, _ = self._listener.accept()
             with peer:
                 peer.setblocking(True)
-                wire.send(peer, message, descriptor)
+                wire.send(peer, message, descriptors)
                 if message["state"] == "watching":
                     return False
                 reply, _ = wire.receive(peer)  # it restores meanwhile: as long as that takes
-                return reply is not None and "go" in reply
+                if reply is None or "go" not in reply:
+                    return False
+                # Nothing is committed any more. Who restores need not wait until the kernel has freed the memory.
+                wire.send(peer, {"state": "gone"})
+                return True
         return False
 
     def close(self) -> None:
@@ -186,4 +229,5 @@ def _terminate(number: int, frame: object) -> None:
 
 def _log(outcome: Outcome) -> None:
     what = outcome.problem or (f"durable as {outcome.snapshot}" if outcome.snapshot else "nothing was staged")
-    print(f"keeper: the trainer died; step {outcome.step}: {what}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # on the disk that is full, perhaps
+        print(f"keeper: the trainer died; step {outcome.step}: {what}", file=sys.stderr, flush=True)

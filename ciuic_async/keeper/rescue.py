@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.codecs.choose import encoder_for
@@ -14,7 +14,7 @@ from ciuic_async.keeper.held import HeldSlot
 from ciuic_async.pipeline.bases import Parent
 from ciuic_async.pipeline.commit import resolve
 from ciuic_async.pipeline.handover import Handover
-from ciuic_async.pipeline.history import live_snapshots
+from ciuic_async.pipeline.history import live_snapshots, parents
 from ciuic_async.pipeline.persist import Persister
 from ciuic_async.staging.slot_header import STAGED
 
@@ -26,7 +26,8 @@ class Charge:
     """The trainer that a keeper looks after: where its snapshots go, under whose key and name."""
 
     url: str
-    secret: str
+    origin: str
+    secret: str = field(repr=False)
     run: str
     codec: str
 
@@ -55,12 +56,15 @@ def newest(slots: Iterable[HeldSlot]) -> HeldSlot | None:
     return max(slots, key=lambda slot: slot.header.sequence, default=None)
 
 
-def rescue(charge: Charge, slot: HeldSlot | None) -> Outcome:
+def rescue(charge: Charge, slot: HeldSlot | None, tried: list[str] | None = None) -> Outcome:
     """Make the snapshot of a slot durable, unless it is. Never raises an ``Exception``.
 
     Args:
         slot: the newest, of a trainer that is dead.
+        tried: ids under which earlier attempts wrote it: one of them may have got through, though it looked like a
+            failure. This attempt's is added.
     """
+    tried = [] if tried is None else tried
     if slot is None:
         return Outcome()
     header = slot.header
@@ -72,7 +76,9 @@ def rescue(charge: Charge, slot: HeldSlot | None) -> Outcome:
         return Outcome(slot, None, header.step, str(error))
     try:
         with SnapshotChain(charge.url, create=False, key=charge.secret, run=charge.run) as chain:
-            snapshot = _finished(chain, handover) or _persist(chain, charge, slot, handover)
+            _check_history(chain, charge, handover)
+            wanted = {handover.request.snapshot, *tried}
+            snapshot = _finished(chain, handover, wanted) or _persist(chain, charge, slot, handover, tried)
     except CiuicError as error:
         return Outcome(slot, None, header.step, str(error), final=error.kind == _SUPERSEDED)
     except Exception as error:
@@ -80,18 +86,33 @@ def rescue(charge: Charge, slot: HeldSlot | None) -> Outcome:
     return Outcome(slot, snapshot, header.step)
 
 
-def _finished(chain: SnapshotChain, handover: Handover) -> str | None:
-    """The snapshot's id, if the trainer committed it before it died."""
-    log = chain.target().log
+def _check_history(chain: SnapshotChain, charge: Charge, handover: Handover) -> None:
+    """Refuse a place that holds another history by now: it was deleted and begun anew, or put back from a copy."""
+    if chain.origin != charge.origin:
+        raise CommitConflictError(
+            f"{chain.url}: the trainer's chain {charge.origin} was here, found {chain.origin}: nothing is added to "
+            "another chain",
+            kind=_SUPERSEDED,
+        )
+    log, lineage = chain.target().log, handover.lineage
     log.refresh()
-    wanted = handover.request.snapshot
-    for _, entry in log.entries(handover.lineage.since):
-        if isinstance(entry, SnapshotEntry) and entry.snapshot == wanted:
-            return wanted
+    if len(log) < lineage.since or (lineage.leaf_hash is not None and lineage.leaf_hash not in parents(log)):
+        raise CommitConflictError(
+            f"{chain.url}: the chain has {len(log)} entries and lacks some that the trainer saw: it was put back from "
+            "a copy, and nothing is added to that",
+            kind=_SUPERSEDED,
+        )
+
+
+def _finished(chain: SnapshotChain, handover: Handover, wanted: set[str]) -> str | None:
+    """The snapshot's id, if the trainer committed it before it died, or an earlier attempt did."""
+    for _, entry in chain.target().log.entries(handover.lineage.since):
+        if isinstance(entry, SnapshotEntry) and entry.snapshot in wanted:
+            return entry.snapshot
     return None
 
 
-def _persist(chain: SnapshotChain, charge: Charge, slot: HeldSlot, handover: Handover) -> str:
+def _persist(chain: SnapshotChain, charge: Charge, slot: HeldSlot, handover: Handover, tried: list[str]) -> str:
     """Under a new id: what the dead writer left under the old one, or still has on its way, is not touched."""
     target = chain.target()
     parent = _parent(chain, charge, handover)
@@ -109,6 +130,7 @@ def _persist(chain: SnapshotChain, charge: Charge, slot: HeldSlot, handover: Han
     may_claim()  # now, too: before all is written in vain
     # deadline_s: nobody is training here, so there is nothing to be patient for.
     request = replace(handover.request, snapshot=layout.new_id(), parent=parent, deadline_s=0.0)
+    tried.append(request.snapshot)
     persister = Persister(target, chain.file, encoder_for(charge.codec), charge.run)
     try:
         persister.persist(request, [slot.window(handover)], lambda window: None, True, may_claim=may_claim)

@@ -175,7 +175,8 @@ def read_root(store: Store, entry: SnapshotEntry) -> manifest.ManifestRoot:
 def read_manifest(store: Store, entry: SnapshotEntry) -> Manifest:
     """A whole manifest, checked against the entry."""
     root = read_root(store, entry)
-    return manifest.assemble(root, [read_checked(store, part, manifest.PART_LIMIT_BYTES) for part in root.parts])
+    # One part at a time: a root may name thousands, of 64 MiB each.
+    return manifest.assemble(root, (read_checked(store, part, manifest.PART_LIMIT_BYTES) for part in root.parts))
 
 
 def read_locator(store: Store, content: Manifest) -> Locator:
@@ -186,7 +187,8 @@ def read_locator(store: Store, content: Manifest) -> Locator:
     for generation in reversed(generations):
         name = layout.locator(content.snapshot, generation)
         try:
-            return locator.decode(store.read(name, locator.LIMIT_BYTES), content.snapshot, generation, distinct)
+            data = store.read(name, locator.limit_bytes(len(distinct)))
+            return locator.decode(data, content.snapshot, generation, distinct)
         except IntegrityError as error:
             failure = failure or error
             logger.warning("%s", error)

@@ -9,17 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ciuic_async.format import jsontext
+from ciuic_async.format import jsontext, layout
 from ciuic_async.format.digest import Buffer
-from ciuic_async.format.fields import Fields, check_array, check_integer, malformed
-from ciuic_async.format.jsontext import Hole
+from ciuic_async.format.entry import Position
+from ciuic_async.format.fields import Fields, check_array, check_hex, check_integer, malformed
+from ciuic_async.format.jsontext import MAX_SAFE_INTEGER, Hole
 from ciuic_async.format.manifest import Node, Progress, Tree
+from ciuic_async.format.segment import ITEM_SIZES_BYTES, MAX_CHUNK_BYTES
 from ciuic_async.handoffs import CapturePlan, PlannedTensor, Region
 from ciuic_async.pipeline.persist import SaveRequest
 from ciuic_async.version import ENGINE
 
 _WHAT = "staging memory"
 _LIMIT_BYTES = 1 << 40  # the memory is there already
+_LEAST_CHUNK_BYTES = 1 << 16  # of a chain: bounds how many chunks a payload can have
+_NO_REGION = -1  # of a tensor without bytes
 _HOLE = "hole"  # no value node has this tag
 
 
@@ -106,46 +110,88 @@ def _decode(shared: Fields, own: Fields) -> Handover:
         error.kind = "other_version"
         raise error
     values = tuple(own.array("values"))
+    regions = tuple(_region(item) for item in shared.array("regions"))
     plan = CapturePlan(
         top=shared.string("top"),
-        forms=tuple(Tree(section, key, _with_holes(node)) for section, key, node in shared.array("trees")),
-        tensors=tuple(_tensor(item) for item in shared.array("tensors")),
-        regions=tuple(_region(item) for item in shared.array("regions")),
-        pack_count=shared.integer("pack_count"),
-        chunk_size_bytes=shared.integer("chunk_size_bytes", low=1),
+        forms=tuple(_tree(item, len(values)) for item in shared.array("trees")),
+        tensors=tuple(_tensor(item, len(regions)) for item in shared.array("tensors")),
+        regions=regions,
+        pack_count=shared.integer("pack_count", high=len(regions)),
+        chunk_size_bytes=shared.integer("chunk_size_bytes", low=_LEAST_CHUNK_BYTES, high=MAX_CHUNK_BYTES),
         values=values,
     )
+    shared.done()
     step, epoch, batch = own.array("progress")
-    parent, leaf_hash = own.raw("parent"), own.raw("leaf_hash")
     request = SaveRequest(
-        snapshot=own.string("snapshot"),
+        snapshot=own.matching("snapshot", layout.ID),
         plan=plan,
-        step=own.raw("step"),
-        epoch=own.raw("epoch"),
-        batch=own.raw("batch"),
+        step=None if own.raw("step") is None else own.integer("step"),
+        epoch=_position(own, "epoch"),
+        batch=_position(own, "batch"),
         progress=Progress(step, epoch, batch),
-        metrics=tuple((name, value) for name, value in own.array("metrics")),
+        metrics=tuple((_text(name), _text(value)) for name, value in own.array("metrics")),
         tags=own.strings("tags"),
-        environment=dict(own.raw("environment")),
-        remembered={
-            check_integer(region, _WHAT): bytes.fromhex(digests) for region, digests in own.array("remembered")
-        },
+        environment={name: _text(value) for name, value in own.raw("environment").items()},
+        remembered=dict(_remembered(item, len(regions)) for item in own.array("remembered")),
     )
-    lineage = Lineage(parent, None if leaf_hash is None else bytes.fromhex(leaf_hash), own.integer("since"))
+    lineage = Lineage(
+        None if own.raw("parent") is None else own.string("parent"),
+        None if own.raw("leaf_hash") is None else own.hex("leaf_hash", 32),
+        own.integer("since"),
+    )
+    own.done()
     return Handover(request, lineage)
 
 
-def _tensor(item: object) -> PlannedTensor:
+def _tree(item: object, value_count: int) -> Tree:
+    section, key, node = check_array(item, _WHAT)
+    return Tree(_text(section), key, _with_holes(node, value_count))
+
+
+def _tensor(item: object, region_count: int) -> PlannedTensor:
     path, dtype, shape, device, region, offset = check_array(item, _WHAT)
-    return PlannedTensor(tuple(path), dtype, tuple(shape), device, region, offset)
+    return PlannedTensor(
+        _path(path),
+        _text(dtype),
+        tuple(check_integer(size, _WHAT) for size in check_array(shape, _WHAT)),
+        _text(device),
+        check_integer(region, _WHAT, low=_NO_REGION, high=region_count - 1),
+        None if offset is None else check_integer(offset, _WHAT),
+    )
 
 
 def _region(item: object) -> Region:
     address, size, item_size, path, frozen = check_array(item, _WHAT)
-    return Region(check_integer(address, _WHAT), check_integer(size, _WHAT), item_size, tuple(path), frozen)
+    if item_size not in ITEM_SIZES_BYTES or not isinstance(frozen, bool):
+        raise malformed(_WHAT, "a region of no known items")
+    item_size = check_integer(item_size, _WHAT)
+    return Region(check_integer(address, _WHAT), check_integer(size, _WHAT), item_size, _path(path), frozen)
 
 
-def _with_holes(node: Any) -> Node:
+def _remembered(item: object, region_count: int) -> tuple[int, bytes]:
+    region, digests = check_array(item, _WHAT)
+    return check_integer(region, _WHAT, high=region_count - 1), check_hex(digests, _WHAT)
+
+
+def _path(items: object) -> tuple[str | int, ...]:
+    return tuple(
+        item if isinstance(item, str) else check_integer(item, _WHAT, low=-MAX_SAFE_INTEGER)
+        for item in check_array(items, _WHAT)
+    )
+
+
+def _position(fields: Fields, name: str) -> Position:
+    value = fields.raw(name)
+    return value if value is None or isinstance(value, str) else fields.integer(name, low=-MAX_SAFE_INTEGER)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise malformed(_WHAT, f"expected a string, found {type(value).__name__}")
+    return value
+
+
+def _with_holes(node: Any, value_count: int) -> Node:
     """The node with holes again where they were; without recursion, since what is nested is as deep as values are."""
     root = [node]
     stack: list[Any] = [root]
@@ -154,7 +200,7 @@ def _with_holes(node: Any) -> Node:
         items = enumerate(container) if isinstance(container, list) else list(container.items())
         for place, item in items:
             if isinstance(item, dict) and item.keys() == {_HOLE}:
-                container[place] = Hole(item[_HOLE])
+                container[place] = Hole(check_integer(item[_HOLE], _WHAT, high=value_count - 1))
             elif isinstance(item, list | dict):
                 stack.append(item)
     return root[0]

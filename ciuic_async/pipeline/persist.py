@@ -66,6 +66,7 @@ class Persisted:
     base_of: dict[bytes, bytes]
     digests: tuple[bytes, ...]
     deduplicated_bytes: int
+    write_s: float
 
     def as_parent(self) -> Parent:
         return Parent(
@@ -195,6 +196,7 @@ class Persister:
             {} if rewriter.current else base_of,
             digests,
             content.deduplicated_bytes,
+            written.busy_s,
         )
 
     def _known_chunks(self, parent: Parent | None) -> Mapping[bytes, ChunkLocation]:

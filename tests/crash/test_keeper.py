@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +23,11 @@ import pytest
 
 from ciuic_async import Checkpointer, UsageError
 from ciuic_async.chain import SnapshotChain
-from ciuic_async.keeper import client, offer, rescue, wire
+from ciuic_async.keeper import client, offer, process, rescue, wire
 from ciuic_async.keeper.held import HeldSlot
 from ciuic_async.keeper.rescue import Charge
 from ciuic_async.options import KeeperOptions
+from ciuic_async.transparency.log import Log
 from tests.crash.faults import LONG
 from tests.crash.keeper_lives import same, state_of
 
@@ -48,6 +51,18 @@ if end == "segfault":
     os.kill(os.getpid(), signal.SIGSEGV)
 if end == "exit":
     os._exit(0)
+if end == "exec":
+    os.execv(sys.executable, [sys.executable, "-c", "import sys; sys.stdin.read()"])
+if end == "signalled":
+    numbers = signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM
+    deaf = sum(1 << number - 1 for number in numbers)
+    while True:
+        status = dict(line.split(":", 1) for line in open(f"/proc/{ckpt._keeper.pid}/status"))
+        if int(status["SigIgn"], 16) & deaf == deaf:
+            break
+    for number in numbers:
+        os.kill(ckpt._keeper.pid, number)
+    os.kill(os.getpid(), signal.SIGKILL)
 if end == "live":
     sys.stdin.read()
 """
@@ -106,9 +121,10 @@ def test_what_was_staged_survives_the_trainer(tmp_path: Path, kind: str) -> None
         }
 
 
-@pytest.mark.parametrize("end", ["kill", "segfault", "exit"])
+@pytest.mark.parametrize("end", ["kill", "segfault", "exit", "signalled"])
 def test_however_the_trainer_dies_the_keeper_finishes_and_goes(tmp_path: Path, end: str) -> None:
-    """SIGKILL, a crash, or an exit that cleans nothing up: durable, then handed over, then gone."""
+    """SIGKILL, a crash, an exit that cleans nothing up, or a batch system that first signals all processes of a job:
+    durable, then handed over, then gone."""
     keeper = _train(tmp_path / "chain", end)
     state = state_of(0)
     with Checkpointer(tmp_path / "chain", state, rng=False) as ckpt:
@@ -213,11 +229,13 @@ def test_a_keeper_that_cannot_start_is_no_keeper(tmp_path: Path, monkeypatch: py
         assert ckpt._keeper.pid is None
 
 
-@pytest.mark.parametrize("lacking", ["pidfd_open", "executable"])
+@pytest.mark.parametrize("lacking", ["pidfd_open", "executable", "interpreter"])
 def test_where_it_cannot_work_it_is_refused(tmp_path: Path, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Better no keeper than one that only pretends: the message says what is missing."""
     if lacking == "executable":
         monkeypatch.setattr(sys, "executable", "")
+    elif lacking == "interpreter":  # a packed program would start itself once more
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
     else:
         monkeypatch.delattr(os, lacking)
     with pytest.raises(UsageError, match="keeper=True") as refused:
@@ -237,6 +255,88 @@ def test_a_state_in_windows_is_never_taken_for_a_whole_one(tmp_path: Path, caplo
         assert descriptors
         assert [HeldSlot.open(descriptor) for descriptor in descriptors] == [None] * len(descriptors)
     assert "nothing to keep" in caplog.text
+
+
+def test_a_trainer_that_becomes_another_program_is_gone(tmp_path: Path) -> None:
+    """``exec`` keeps the process and ends training: the keeper finishes what was staged at once, and holds the memory
+    for the next one, not for as long as the process lives."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "chain"), "exec"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as trainer:
+        assert trainer.stdout is not None
+        keeper = int(trainer.stdout.readline())
+        deadline = time.monotonic() + 60
+        with SnapshotChain(tmp_path / "chain", create=False) as chain:
+            while not (offers := offer.find(chain.origin, chain.url)):
+                assert time.monotonic() < deadline
+                os.sched_yield()
+            assert [one.step for one in offers] == [1]
+            for one in offers:
+                one.dismiss()
+        _wait_for_end(keeper)
+        assert trainer.poll() is None
+        trainer.kill()
+    assert _step(tmp_path / "chain") == 1
+
+
+def test_a_keeper_finds_the_packages_where_the_trainer_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer in an archive, or that a launcher set up, has folders on ``sys.path`` that its interpreter lacks."""
+    monkeypatch.setenv(client.LOG, str(tmp_path / "log"))
+    bare = getattr(sys, "_base_executable", sys.executable)  # outside of any virtual environment
+    head = f"import sys; sys.path += {sys.path!r}\n"
+    done = subprocess.run(
+        [bare, "-c", head + SCRIPT, str(tmp_path / "chain"), "kill"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with SnapshotChain(tmp_path / "chain", create=False) as chain:
+        offers = offer.find(chain.origin, chain.url)
+        assert [one.step for one in offers] == [1], (tmp_path / "log").read_text()
+        for one in offers:
+            one.dismiss()
+    _wait_for_end(int(done.stdout))
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log may lie on the disk that is full: it is there all the same for whoever restores, and for another try."""
+    monkeypatch.setenv(client.LOG, "/dev/full")
+    keeper = _train(tmp_path / "chain", "kill")
+    with SnapshotChain(tmp_path / "chain", create=False) as chain:
+        offers = offer.find(chain.origin, chain.url)
+        assert [one.step for one in offers] == [1]
+        for one in offers:
+            one.dismiss()
+    _wait_for_end(keeper)
+
+
+def test_nobody_is_killed_in_a_keepers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper in another container has a number that is somebody else's here: it is known by a descriptor alone."""
+    monkeypatch.setattr(offer, "KEEPER", KeeperOptions(exit_s=0.1))
+    with (
+        SnapshotChain(tmp_path / "chain") as chain,
+        subprocess.Popen(["sleep", "60"]) as keeper,
+        subprocess.Popen(["sleep", "60"]) as somebody,
+    ):
+        path, listener = wire.listen(chain.origin, chain.url)
+        pidfd = os.pidfd_open(keeper.pid)
+
+        def answer() -> None:
+            with listener, listener.accept()[0] as peer:
+                wire.send(peer, {"state": "over", "pid": somebody.pid, "step": 1}, [pidfd])
+                wire.receive(peer)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        (found,) = offer.find(chain.origin, chain.url)
+        found.dismiss()
+        thread.join()
+        assert keeper.wait(60) == -signal.SIGKILL
+        assert somebody.poll() is None
+        somebody.kill()
+        os.close(pidfd)
+        path.unlink()
 
 
 # --- the rescue, in this process --------------------------------------------------------------------------------------
@@ -268,7 +368,11 @@ def _staged(chain: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tup
     found = [HeldSlot.open(slot.descriptor) for slot in ckpt._pool._slots]
     newest = rescue.newest(slot for slot in found if slot is not None)
     assert newest is not None
-    return ckpt, newest, Charge(ckpt.chain.url, ckpt.chain.secret, ckpt.chain.run, "auto")
+    return ckpt, newest, _charge(ckpt)
+
+
+def _charge(ckpt: Checkpointer) -> Charge:
+    return Charge(ckpt.chain.url, ckpt.chain.origin, ckpt.chain.secret, ckpt.chain.run, "auto")
 
 
 def _leave(ckpt: Checkpointer) -> None:
@@ -309,7 +413,7 @@ def test_what_the_trainer_committed_is_not_committed_again(tmp_path: Path, monke
     monkeypatch.setattr("ciuic_async.checkpointer.Keeper", lambda *_: _Silent())
     chain = tmp_path / "chain"
     ckpt = Checkpointer(chain, state_of(1), every_steps=1, keeper=True, rng=False)
-    descriptors = []
+    descriptors: list[int] = []
     monkeypatch.setattr(
         "ciuic_async.background.BackgroundWriter._tidy",
         lambda writer: descriptors.extend(os.dup(slot.descriptor) for slot in ckpt._pool._slots),
@@ -321,7 +425,7 @@ def test_what_the_trainer_committed_is_not_committed_again(tmp_path: Path, monke
     for descriptor in descriptors:
         os.pwrite(descriptor, b"\x02", 12)  # STAGED, as before
     slots = [slot for slot in map(HeldSlot.open, descriptors) if slot is not None]
-    outcome = rescue.rescue(Charge(ckpt.chain.url, ckpt.chain.secret, ckpt.chain.run, "auto"), rescue.newest(slots))
+    outcome = rescue.rescue(_charge(ckpt), rescue.newest(slots))
     assert outcome.snapshot == snapshot.id
     assert len(ckpt.chain) == 1
     ckpt.close()
@@ -375,6 +479,68 @@ def test_a_failed_rescue_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.
     _leave(ckpt)
 
 
+def test_another_chain_in_the_same_place_is_not_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training died, its chain was deleted, and a new one begun there: the old state must not be its newest."""
+    ckpt, slot, charge = _staged(tmp_path / "chain", monkeypatch)
+    (tmp_path / "chain").rename(tmp_path / "away")
+    with Checkpointer(tmp_path / "chain", state_of(7), every_steps=1, rng=False) as other:
+        other.step()
+    outcome = rescue.rescue(charge, slot)
+    assert outcome.final
+    assert "another chain" in str(outcome.problem)
+    assert _step(tmp_path / "chain") == 1
+    _leave(ckpt)
+
+
+def test_a_chain_put_back_from_a_copy_is_not_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody undid history on purpose: what comes from snapshots that are not there any more is not added."""
+    SnapshotChain(tmp_path / "chain").close()
+    shutil.copytree(tmp_path / "chain", tmp_path / "copy")
+    ckpt, slot, charge = _staged(tmp_path / "chain", monkeypatch)
+    (tmp_path / "chain").rename(tmp_path / "away")
+    (tmp_path / "copy").rename(tmp_path / "chain")
+    outcome = rescue.rescue(charge, slot)
+    assert outcome.final
+    assert "put back" in str(outcome.problem)
+    assert _step(tmp_path / "chain") is None
+    (tmp_path / "chain").rename(tmp_path / "copy")
+    (tmp_path / "away").rename(tmp_path / "chain")
+    _leave(ckpt)
+
+
+def test_an_attempt_that_got_through_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry was claimed, and then something failed: the next attempt finds it, instead of adding it again."""
+    ckpt, slot, charge = _staged(tmp_path / "chain", monkeypatch)
+
+    def fails(log: Log, key: object) -> None:
+        raise OSError("the network file system went away")
+
+    tried: list[str] = []
+    with monkeypatch.context() as broken:
+        broken.setattr(Log, "_try_publish", fails)
+        assert "went away" in str(rescue.rescue(charge, slot, tried).problem)
+    outcome = rescue.rescue(charge, slot, tried)
+    assert (outcome.problem, [outcome.snapshot]) == (None, tried)
+    with SnapshotChain(tmp_path / "chain", create=False) as history:
+        assert [snapshot.step for snapshot in history] == [1, 2]
+    _leave(ckpt)
+
+
+def test_being_told_to_end_is_no_failed_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in the middle of an attempt is not swallowed as one more problem of the disk."""
+    ckpt, slot, charge = _staged(tmp_path / "chain", monkeypatch)
+
+    def terminated(*_: object) -> None:
+        raise process._Terminated
+
+    with monkeypatch.context() as told:
+        told.setattr(rescue, "_persist", terminated)
+        with pytest.raises(process._Terminated):
+            rescue.rescue(charge, slot)
+    assert charge.secret not in repr(charge), "a traceback must not show the key"
+    _leave(ckpt)
+
+
 @pytest.mark.parametrize("at", ["plan", "request"])
 def test_a_description_of_another_version_is_not_acted_on(
     tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
@@ -419,25 +585,3 @@ def test_the_keeper_never_imports_torch() -> None:
     """It is small, and starts in the time of a Python interpreter."""
     code = "import sys, ciuic_async.keeper.process; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
-
-
-@pytest.mark.usefixtures("no_leaks")
-def test_an_address_without_a_keeper_is_swept(tmp_path: Path) -> None:
-    """A keeper that was killed leaves its address; whoever restores next removes it."""
-    with SnapshotChain(tmp_path / "chain") as chain:
-        path, listener = wire.listen(chain.origin, chain.url)
-        listener.close()
-        assert path.exists()
-        assert offer.find(chain.origin, chain.url) == []
-        assert not path.exists()
-
-
-def test_a_folder_that_others_may_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else can put an address where a trainer would look for its keeper."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    (tmp_path / "ciuic").mkdir(mode=0o777)
-    (tmp_path / "ciuic").chmod(0o777)
-    with pytest.raises(OSError, match="private"):
-        wire.listen("origin", "url")
-    assert list(wire.addresses("origin", "url")) == []

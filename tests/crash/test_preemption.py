@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -147,7 +148,7 @@ def test_without_a_step_the_signal_is_passed_on_at_the_deadline(
             ckpt.save().wait_durable(60)
             os.kill(os.getpid(), signal.SIGTERM)
             assert seen.wait(30)
-            assert "SIGTERM: no step ended in its grace time; the newest durable snapshot is step 1" in caplog.text
+            assert "SIGTERM: its grace time is over; the newest durable snapshot is step 1" in caplog.text
             assert ckpt.step() is None, "it was passed on once"
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -251,7 +252,7 @@ def test_a_forked_child_dies_of_the_signal_as_ever(tmp_path: Path) -> None:
 
 def test_off_the_main_thread_it_is_refused(tmp_path: Path) -> None:
     """Python sets handlers on the main thread only: an error at once, instead of a flush that never comes."""
-    failures: list[BaseException] = []
+    failures: list[UsageError] = []
 
     def make() -> None:
         try:
@@ -264,3 +265,89 @@ def test_off_the_main_thread_it_is_refused(tmp_path: Path) -> None:
     thread.join()
     assert [error.kind for error in failures] == ["not_main_thread"]
     assert not (tmp_path / "chain").exists()
+
+
+def _run(code: str, chain: Path) -> int:
+    """What a process with a handler of ours comes to."""
+    head = (
+        "import ctypes, os, signal, sys, torch\nfrom ciuic_async import Checkpointer\nstate = {'w': torch.zeros(9)}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", head + code, str(chain)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
+
+
+def test_a_warning_after_the_last_step_does_not_end_a_process_that_leaves_in_order(tmp_path: Path) -> None:
+    """SLURM warns while the loop is over and everything becomes durable: the rest of the script still runs."""
+    code = (
+        "with Checkpointer(sys.argv[1], state, every_steps=1, rng=False, preemption=True) as ckpt:\n"
+        "    ckpt.step()\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "sys.exit(7)\n"
+    )
+    assert _run(code, tmp_path / "chain") == 7
+    assert _steps(tmp_path / "chain") == [1]
+
+
+def test_a_process_that_hangs_in_native_code_ends_at_the_deadline(tmp_path: Path) -> None:
+    """A collective that waits for a lost rank runs no handler; the process ends by SIGTERM all the same."""
+    code = (
+        "with Checkpointer(sys.argv[1], state, every_steps=1, rng=False, preemption=0.1) as ckpt:\n"
+        "    ckpt.step().wait_durable(60)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "    libc.pthread_mutex_lock(mutex)\n"
+        "    libc.pthread_mutex_lock(mutex)\n"
+    )
+    assert _run(code, tmp_path / "chain") == -signal.SIGTERM
+    assert _steps(tmp_path / "chain") == [1]
+
+
+def test_a_grace_time_without_end_is_none_that_breaks(tmp_path: Path) -> None:
+    """``preemption=math.inf``: locks cannot wait so long, and ``step`` must not fail when the signal comes."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with _trainer(tmp_path / "chain", preemption=math.inf) as ckpt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ckpt.step()
+            assert seen == [signal.SIGTERM]
+        assert _steps(tmp_path / "chain") == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_in_the_middle_of_looking_for_one_does_no_harm(tmp_path: Path) -> None:
+    """It comes between two instructions of ``step``, whichever: it is acted on now or at the next one."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with _trainer(tmp_path / "chain", preemption=True) as ckpt:
+            preemption = ckpt._preemption
+            assert preemption is not None
+
+            def come(frame: Any, event: str, argument: Any) -> None:
+                if event == "c_return" and argument is iter:
+                    sys.setprofile(None)
+                    preemption._note(signal.SIGTERM, None)
+
+            sys.setprofile(come)
+            try:
+                preemption.take()
+            finally:
+                sys.setprofile(None)
+            assert ckpt.preempted
+            assert ckpt.step() is not None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_handlers_are_set_back_in_whatever_order_checkpointers_close(tmp_path: Path, first: int) -> None:
+    """Two models, two chains: the last one that closes leaves the handlers of before."""
+    before = signal.getsignal(signal.SIGUSR1)
+    both = [_trainer(tmp_path / name, preemption=True) for name in "ab"]
+    both[first].close()
+    both[1 - first].close()
+    assert signal.getsignal(signal.SIGUSR1) is before

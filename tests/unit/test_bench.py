@@ -25,9 +25,11 @@ QUESTIONS: dict[str, tuple[str, list[str]]] = {
     "time_to_durable": ("time_to_durable", FEW),
     "codec": ("codec", []),
     "restore": ("restore", []),
+    "restart": ("restart", []),
     "memory": ("memory", ["--contenders", "ciuic-async"]),
     "scaling": ("scaling", FEW),
     "kernels": ("kernels", []),
+    "crash": ("crash", ["--contenders", "ciuic-async", "torch.save"]),
 }
 
 

@@ -421,6 +421,8 @@ def test_close_is_idempotent_and_final(tmp_path: Path) -> None:
     assert stats.step == 1
     assert stats.raw_bytes > 4000
     assert stats.persist_s is not None
+    assert stats.write_s is not None
+    assert 0 < stats.write_s <= stats.persist_s
     assert stats.stall_s >= stats.stage_s > 0
 
 

@@ -1,0 +1,131 @@
+"""How soon does a killed training go on where its keeper still has the memory?
+
+    python bench/restart.py              # about 2 minutes; writes bench/results/restart.json
+
+A training with ``keeper=True`` takes a snapshot and ends with ``os._exit``; another process restores. Beside it, in
+turn, the same restore from the disk with cold files, and copying and digesting as many bytes of memory with as many
+threads, into memory that was touched before: nobody who checks what is restored can be faster than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ciuic_async import Checkpointer
+from ciuic_async.cli.demo_table import tensor_bytes
+from ciuic_async.format.digest import digest
+from ciuic_async.options import READ
+from harness.intervals import describe
+from harness.lost import prepare_training
+from harness.opponents import quieten
+from harness.output import parser, rows, say, seconds, store, workplace
+from restore import drop_from_cache, subset, tensors, touch
+
+CHUNK_BYTES = 4 << 20
+
+
+def train_and_die(folder: Path, size: str, threads: int) -> None:
+    """What the child does. Its state is that of anybody who trains as many steps."""
+    checkpointer = Checkpointer(folder, subset(prepare_training(size, threads, steps=2)), keeper=True, every_steps=1)
+    pending = checkpointer.step()
+    assert pending is not None
+    pending.wait_durable()
+    os._exit(0)
+
+
+def restore_s(folder: Path, size: str, threads: int, expected: dict[str, torch.Tensor]) -> float:
+    """Restore into fresh objects, and check that every bit is there."""
+    state = subset(prepare_training(size, threads, steps=1))
+    with Checkpointer(folder, state) as checkpointer:
+        begin_s = time.perf_counter()
+        assert checkpointer.restore() is not None
+        touch(state)
+        taken_s = time.perf_counter() - begin_s
+    found = tensors(state)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), "restored other bits than saved"
+    return taken_s
+
+
+def copy_and_digest_s(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Digest and copy all chunks."""
+
+    def one(start: int) -> None:
+        part = source[start : start + CHUNK_BYTES]
+        digest(memoryview(part.numpy()))
+        target[start : start + CHUNK_BYTES].copy_(part)
+
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(READ.threads) as pool:
+        list(pool.map(one, range(0, CHUNK_BYTES, CHUNK_BYTES)))
+        begin_s = time.perf_counter()
+        list(pool.map(one, range(0, len(source), CHUNK_BYTES)))
+        return time.perf_counter() - begin_s
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of this program."""
+    made = parser(__doc__)
+    made.add_argument("--size", default="bench", help="of the demo's model")
+    made.add_argument("--repeats", type=int, default=6)
+    made.add_argument("--threads", type=int, default=os.cpu_count(), help="that torch uses")
+    made.add_argument("--die-in", type=Path, help=argparse.SUPPRESS)
+    options = made.parse_args(arguments)
+    if options.quick:
+        options.size, options.repeats = "tiny", 1
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, write, and print the table."""
+    options = parse(arguments)
+    quieten()
+    if options.die_in is not None:
+        train_and_die(options.die_in, options.size, options.threads)
+    training = prepare_training(options.size, options.threads, steps=2)
+    expected = {name: tensor.clone() for name, tensor in tensors(subset(training)).items()}
+    size_bytes = sum(tensor.nbytes for tensor in expected.values())
+    source = torch.randint(0, 256, (size_bytes,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    times: dict[str, list[float]] = {"from memory": [], "from the disk, cold": [], "copy and digest": []}
+    with workplace(options) as folder, tempfile.TemporaryDirectory(prefix="ciuic-") as runtime:
+        os.environ["XDG_RUNTIME_DIR"] = runtime  # keepers of other runs are not our business
+        chain = folder / "chain"
+        child = [sys.executable, __file__, "--size", options.size, "--threads", str(options.threads), "--die-in"]
+        for number in range(options.repeats):
+            subprocess.run([*child, str(chain)], check=True)
+            drop_from_cache(chain)
+            times["from memory"].append(restore_s(chain, options.size, options.threads, expected))
+            drop_from_cache(chain)
+            times["from the disk, cold"].append(restore_s(chain, options.size, options.threads, expected))
+            times["copy and digest"].append(copy_and_digest_s(source, target))
+            torch.set_num_threads(options.threads)
+            shutil.rmtree(chain)
+            say(f"round {number + 1}: " + ", ".join(f"{name} {seconds(found[-1])}" for name, found in times.items()))
+    figures = {name: describe(found) for name, found in times.items()}
+    table = [["", "median"], *([name, seconds(figure["median"])] for name, figure in figures.items())]
+    result = {
+        "question": "How soon does a killed training go on where its keeper still has the memory?",
+        "method": "in turns; medians, exact 95% intervals from order statistics; every restored bit is compared",
+        "state_bytes": tensor_bytes(training),
+        "threads": options.threads,
+        "seconds": figures,
+        "times_copy_and_digest": figures["from memory"]["median"] / figures["copy and digest"]["median"],
+        "table": table,
+    }
+    store("restart", result, options)
+    rows(table)
+
+
+if __name__ == "__main__":
+    main()
