@@ -500,6 +500,11 @@ def apply_view(stored: torch.Tensor, view: View | None) -> torch.Tensor:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """``torch.empty`` without the warning that experimental dtypes print, which is nothing to a restoring user."""
-    flat = torch.empty(volume(shape) * dtype.itemsize, dtype=torch.uint8, device=device)
+    """``torch.empty`` for who fills all of it at once.
+
+    Without the warning that experimental dtypes print, which is nothing to a restoring user; and without the filling
+    that deterministic algorithms ask of ``torch.empty``, which takes as long as reading what belongs there.
+    """
+    storage = torch.UntypedStorage(volume(shape) * dtype.itemsize, device=device)  # type: ignore[no-untyped-call]
+    flat = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     return flat.view(dtype).view(tuple(shape))

@@ -30,6 +30,7 @@ from ciuic_async import (
     TargetMismatchError,
     UsageError,
 )
+from ciuic_async.capture.tensors import empty
 from ciuic_async.format import layout
 from ciuic_async.pipeline.commit import Resolved
 from ciuic_async.pipeline.restore import load_tree
@@ -643,3 +644,16 @@ def test_restoring_waits_for_training_on_a_side_stream(tmp_path: Path) -> None:
         torch.cuda.synchronize()
     assert seen.eq(1).all()
     assert weight.eq(1).all()
+
+
+def test_memory_for_what_is_restored_is_not_filled_first() -> None:
+    """Deterministic algorithms fill what ``torch.empty`` gives; all of this is written anyway."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert int(torch.empty(1 << 26, dtype=torch.uint8).min()) == 255
+        fresh = empty((1 << 24,), torch.float32, "cpu")
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert (fresh.shape, fresh.dtype) == ((1 << 24,), torch.float32)
+    assert not bool(fresh.isnan().all())
