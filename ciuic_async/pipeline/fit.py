@@ -7,7 +7,7 @@ too, and optimizers and plain trees are looked into as far as their tensors are 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,9 @@ from ciuic_async.capture import training, values
 from ciuic_async.capture.state_tree import MAX_DEPTH, decode_plain, tensor_node
 from ciuic_async.capture.tensors import DTYPES, View
 from ciuic_async.format.manifest import Manifest, Node, Tree
+
+REUSED_BYTES = 64 << 10
+"""Smaller tensors are not worth looking at: their memory is found at once."""
 
 
 @dataclass(slots=True)
@@ -261,6 +264,48 @@ def _optimizer_problems(name: str, node: Node, optimizer: torch.optim.Optimizer)
                 f"{len(live['params'])} in the optimizer"
             )
     return problems
+
+
+def reusable_state(
+    name: str, node: Node, optimizer: torch.optim.Optimizer, manifest: Manifest
+) -> dict[int, torch.Tensor]:
+    """Live state tensors by the stored tensor that may be read into their memory, so that no other need be found.
+
+    Finding memory for moments takes as long as reading them. Only tensors that would come back just as they are: whole,
+    plain, contiguous, and alone in their memory.
+    """
+    saved, live = _item(node, "state"), optimizer.state_dict().get("state")
+    if not isinstance(saved, dict) or not isinstance(saved.get("dict"), list) or not isinstance(live, dict):
+        return {}
+    users = Counter(
+        tensor.untyped_storage().data_ptr()
+        for tensor in [
+            *(parameter for group in optimizer.param_groups for parameter in group["params"]),
+            *(value for values in live.values() if isinstance(values, dict) for value in values.values()),
+        ]
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not training.unmaterialized(tensor)
+    )
+    found: dict[int, torch.Tensor] = {}
+    for pair in saved["dict"]:
+        values = live.get(pair[0]) if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], int) else None
+        for key, tensor in (values if isinstance(values, dict) else {}).items():
+            whole = (
+                type(tensor) is torch.Tensor
+                and tensor.device.type in ("cpu", "cuda")
+                and tensor.is_contiguous()
+                and not tensor.requires_grad
+                and REUSED_BYTES <= tensor.nbytes == tensor.untyped_storage().nbytes()
+                and users[tensor.untyped_storage().data_ptr()] == 1
+            )
+            part = _item(pair[1], key) if whole and isinstance(key, str) else None
+            if not isinstance(part, dict) or "tensor" not in part:
+                continue
+            path = f"{name}.state.{pair[0]}.{key}"
+            index, view, requires_grad, parameter = tensor_node(part, manifest.tensors, path)
+            plain = view is None and not requires_grad and not parameter
+            if plain and _tensor_problem(path, part, tensor, manifest, "the optimizer") is None:
+                found.setdefault(index, tensor)
+    return found
 
 
 def _item(node: Node, key: str) -> Node:

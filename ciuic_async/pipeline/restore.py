@@ -6,7 +6,7 @@ the first byte is placed; model tensors are filled in place, other objects get t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,7 +20,7 @@ from ciuic_async.errors import IntegrityError, NotFoundError, StoreError, Target
 from ciuic_async.events import Listener
 from ciuic_async.format.manifest import SECTION_RNG, SECTION_STATE, TOP_DICT, Manifest, Node, StoredTensor, Tree, dotted
 from ciuic_async.pipeline.commit import Resolved
-from ciuic_async.pipeline.fit import Fit, LiveEntry, drop_overlaps, fit_object, state_dict_items
+from ciuic_async.pipeline.fit import Fit, LiveEntry, drop_overlaps, fit_object, reusable_state, state_dict_items
 from ciuic_async.pipeline.placement import read_tensors
 from ciuic_async.segments.scratch import prefer_huge_pages
 from ciuic_async.stores.base import Store
@@ -33,16 +33,24 @@ class TensorLoader:
 
     Args:
         device: where stored tensors go.
+        into: memory for some of them by index: contiguous tensors of their dtype and shape, each alone in its storage.
     """
 
     def __init__(
-        self, store: Store, resolved: Resolved, device: str | torch.device, verify: bool, listener: Listener | None
+        self,
+        store: Store,
+        resolved: Resolved,
+        device: str | torch.device,
+        verify: bool,
+        listener: Listener | None,
+        into: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
         self._store = store
         self._resolved = resolved
         self._device = device
         self._verify = verify
         self._listener = listener
+        self._into = into or {}
         self._loaded: dict[int, torch.Tensor] = {}
 
     def inflate(self, nodes: Sequence[Node], where: str) -> list[Any]:
@@ -52,7 +60,7 @@ class TensorLoader:
         targets: dict[int, torch.Tensor] = {}
         for index in wanted:
             stored = tensors[index]
-            self._loaded[index] = self._allocate(stored)
+            self._loaded[index] = self._into[index] if index in self._into else self._allocate(stored)
             if stored.size_bytes:
                 targets[index] = self._loaded[index]
         read_tensors(self._store, self._resolved, targets, verify=self._verify, listener=self._listener)
@@ -286,7 +294,10 @@ def _load_rest(
     target = state[fit.name]
     if not fit.fits:
         return
-    loader = TensorLoader(store, resolved, "cpu", True, listener)
+    into = None
+    if isinstance(target, torch.optim.Optimizer):
+        into = reusable_state(fit.name, fit.tree.node, target, resolved.manifest)
+    loader = TensorLoader(store, resolved, "cpu", True, listener, into)
     if not fit.by_name:
         value = loader.inflate([fit.tree.node], fit.name)[0]
         if not training.is_stateful(target):

@@ -657,3 +657,59 @@ def test_memory_for_what_is_restored_is_not_filled_first() -> None:
         torch.use_deterministic_algorithms(before)
     assert (fresh.shape, fresh.dtype) == ((1 << 24,), torch.float32)
     assert not bool(fresh.isnan().all())
+
+
+def _trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(steps)
+    model = nn.Linear(200, 200)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(steps):
+        model(torch.randn(3, 200)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_an_optimizer_that_has_state_keeps_its_memory(tmp_path: Path) -> None:
+    """Moments are read to where they are; afterwards they are the saved ones, and training goes on alike."""
+    model, optimizer = _trained(3)
+    with Checkpointer(tmp_path / "chain", {"model": model, "optimizer": optimizer}) as ckpt:
+        ckpt.save().wait_durable(60)
+        expected = fingerprint(optimizer.state_dict())
+    other_model, other = _trained(1)
+    before = {name: value.data_ptr() for name, value in other.state[other_model.weight].items()}
+    with Checkpointer(tmp_path / "chain", {"model": other_model, "optimizer": other}) as ckpt:
+        ckpt.restore()
+    after = {name: value.data_ptr() for name, value in other.state[other_model.weight].items()}
+    assert after["exp_avg"] == before["exp_avg"]
+    assert after["exp_avg_sq"] == before["exp_avg_sq"]
+    assert fingerprint(other.state_dict()) == expected
+    for one, opt in ((model, optimizer), (other_model, other)):
+        torch.manual_seed(9)
+        one(torch.randn(3, 200)).square().sum().backward()
+        opt.step()
+    assert fingerprint(other.state_dict()) == fingerprint(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("shared", ["with each other", "with a parameter", "with a larger one"])
+def test_state_that_shares_its_memory_is_not_read_in_place(tmp_path: Path, shared: str) -> None:
+    """What looks into memory that others use too gets memory of its own, and the others keep their values."""
+    _, optimizer = _trained(2)
+    with Checkpointer(tmp_path / "chain", {"optimizer": optimizer}, rng=False) as ckpt:
+        ckpt.save().wait_durable(60)
+        expected = fingerprint(optimizer.state_dict())
+    other_model, other = _trained(1)
+    state = other.state[other_model.weight]
+    around = torch.zeros(3, 200, 200)
+    if shared == "with each other":
+        state["exp_avg_sq"] = state["exp_avg"]
+    elif shared == "with a parameter":
+        state["exp_avg"] = other_model.weight.detach()
+    else:
+        state["exp_avg"] = around[1]
+    weight = other_model.weight.detach().clone()
+    with Checkpointer(tmp_path / "chain", {"optimizer": other}, rng=False) as ckpt:
+        ckpt.restore()
+    assert fingerprint(other.state_dict()) == expected
+    assert torch.equal(other_model.weight, weight)
+    assert not around.any()
