@@ -32,7 +32,7 @@ from tests.fuzz.mutations import mutated  # noqa: E402  # what is instrumented c
 CORPUS = Path(__file__).parent / "corpus"
 FOUND = "CIUIC_FUZZ_FOUND"
 MAX_LENGTH_BYTES = 1 << 15
-RSS_LIMIT_MB = 1024
+RSS_LIMIT_MB = 512
 TIMEOUT_S = 5
 
 
