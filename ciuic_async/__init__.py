@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ciuic_async.chain import Snapshot, SnapshotChain
-    from ciuic_async.checkpointer import Checkpointer, Progress
+    from ciuic_async.checkpointer import Checkpointer
     from ciuic_async.errors import (
         CiuicError,
         CiuicWarning,
@@ -41,7 +41,7 @@ _HOME = {
     "NotFoundError": "errors",
     "PendingSnapshot": "pending",
     "Problem": "verify",
-    "Progress": "checkpointer",
+    "Progress": "resuming",
     "SaveFailedError": "errors",
     "Snapshot": "chain",
     "SnapshotChain": "chain",

@@ -14,7 +14,6 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,49 +30,23 @@ from ciuic_async.arguments import (
 )
 from ciuic_async.background import BackgroundWriter
 from ciuic_async.capture import training
-from ciuic_async.capture.state_tree import decode_plain
-from ciuic_async.chain import Snapshot, SnapshotChain
+from ciuic_async.chain import SnapshotChain
 from ciuic_async.codecs.choose import encoder_for
-from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, SaveFailedError, StoreError, UsageError
+from ciuic_async.errors import CiuicError, CiuicWarning, SaveFailedError, UsageError
 from ciuic_async.events import Listener, SnapshotStats, logger
-from ciuic_async.keeper import offer
 from ciuic_async.keeper.client import Keeper, check_available
-from ciuic_async.keeper.offer import Offer
 from ciuic_async.keeper.rescue import Charge
 from ciuic_async.overlap import Overlap
 from ciuic_async.pending import DURABLE, FAILED, PendingSnapshot
-from ciuic_async.pipeline.bases import Parent
 from ciuic_async.pipeline.persist import Persister
-from ciuic_async.pipeline.restore import restore_objects
 from ciuic_async.preemption import Notice, Preemption
 from ciuic_async.ranks import require_single_rank
+from ciuic_async.resuming import Progress, Resumer
 from ciuic_async.retention.policy import Policy
-from ciuic_async.schedule import Schedule
+from ciuic_async.schedule.rules import Schedule
 from ciuic_async.staging.budget import check_bound
 from ciuic_async.staging.slots import SlotPool
 from ciuic_async.taking import Moment, Taker, TakingOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where training stands after a restore.
-
-    Attributes:
-        step: steps done; counting goes on from here.
-        epoch, batch: verbatim what was given to ``step``; by convention the last finished batch.
-        metrics: recorded numbers by name.
-        snapshot: what was restored.
-        skipped: newer snapshots passed over because they are damaged: (id, reason).
-        mismatches: differences that ``strict=False`` let pass.
-    """
-
-    step: int
-    epoch: Any
-    batch: Any
-    metrics: dict[str, float]
-    snapshot: Snapshot
-    skipped: tuple[tuple[str, str], ...] = ()
-    mismatches: tuple[str, ...] = ()
 
 
 class Checkpointer:
@@ -356,71 +329,13 @@ class Checkpointer:
         self._writer.wait_idle()
         self._overlap.gate.forget_loading()
         self._writer.frozen.forget()  # also when it fails half way: tensors may have changed
-        offers = offer.find(self._chain.origin, self._chain.store.url)
-        try:
-            progress = self._restore(ref, strict, offers)
-        except BaseException:
-            for one in offers:
-                one.close()
-            raise
-        for one in offers:  # from here on their keepers commit nothing any more
-            one.dismiss()
-        return progress
-
-    def _restore(self, ref: str, strict: bool, offers: Sequence[Offer]) -> Progress | None:
-        for one in offers:
-            if one.snapshot is None:
-                self._warn(
-                    f"the crashed run had staged step {one.step}, and that did not become durable: {one.problem}"
-                )
-        if ref != "latest":
-            return self._restored(self._chain.get(ref), strict, (), offers)
-        skipped: list[tuple[str, str]] = []
-        failure: CiuicError | None = None
-        for snapshot in self._chain.newest_first():
-            try:
-                return self._restored(snapshot, strict, tuple(skipped), offers)
-            except (IntegrityError, StoreError) as error:
-                if isinstance(error, StoreError) and error.kind != "eio":
-                    raise  # no permission, too many files, ...: the newest state is not lost, only out of reach
-                failure = failure or error
-                skipped.append((snapshot.id, str(error)))
-                self._warn(f"snapshot {snapshot.id} (step {snapshot.step}) is damaged and was passed over: {error}")
-        if failure is None:
+        resumed = Resumer(self._chain, self._state, self._rng, self._listener, self._warn).resume(ref, strict)
+        if resumed is None:
             return None
-        raise IntegrityError(
-            f"{self._chain.url}: none of {len(skipped)} snapshots is good; newest: {failure}. "
-            "Run 'ciuic verify' on the chain; the objects may hold a mixture and must not be used",
-            kind=failure.kind,
-            where=failure.where,
-        ) from failure
-
-    def _restored(
-        self, snapshot: Snapshot, strict: bool, skipped: tuple[tuple[str, str], ...], offers: Sequence[Offer]
-    ) -> Progress:
-        started = time.perf_counter()
-        resolved = snapshot.resolve()
-        for one in offers:
-            resolved = replace(resolved, in_memory={**resolved.in_memory, **one.chunks(snapshot.id, resolved.manifest)})
-        result = restore_objects(
-            self._chain.store, resolved, self._state, strict=strict, rng=self._rng, listener=self._listener
-        )
-        nodes = resolved.manifest.progress
-        step = decode_plain(nodes.step)
-        self._step = step if isinstance(step, int) else 0
-        self._epoch, self._batch = decode_plain(nodes.epoch), decode_plain(nodes.batch)
+        progress, self._writer.parent = resumed
+        self._step, self._epoch, self._batch = progress.step, progress.epoch, progress.batch
         self._schedule.restored(self._epoch)
-        self._writer.parent = Parent(
-            snapshot.id, snapshot.leaf_hash, resolved.locator.chunks, since=self._chain.log_size
-        )
-        differences = training.environment_differences(resolved.manifest.environment, training.environment())
-        if differences:
-            self._warn(
-                f"snapshot {snapshot.id} was taken in another environment, so training may not go on bit for bit: "
-                + "; ".join(differences)
-            )
-        logger.info("restored snapshot %s, step %s, in %.2f s", snapshot.id, step, time.perf_counter() - started)
-        return Progress(self._step, self._epoch, self._batch, snapshot.metrics, snapshot, skipped, result.mismatches)
+        return progress
 
     # --- taking a snapshot, on the training thread ------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ciuic_async.schedule import RETRY_S, Schedule, best_interval_s
+from ciuic_async.schedule.account import RETRY_S, best_interval_s
+from ciuic_async.schedule.rules import Schedule
 
 ROOT = Path(__file__).parents[2]
 HOURS = 3600.0

@@ -16,13 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ciuic_async.errors import UsageError
-from ciuic_async.schedule import (
-    BASELINE_STEPS,
-    DEBT_SNAPSHOTS,
-    LostTimeMeter,
-    Schedule,
-    best_interval_s,
-)
+from ciuic_async.schedule.account import DEBT_SNAPSHOTS, best_interval_s
+from ciuic_async.schedule.meter import BASELINE_STEPS, LostTimeMeter
+from ciuic_async.schedule.rules import Schedule
 
 
 class Clock:
