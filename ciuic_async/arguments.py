@@ -12,6 +12,9 @@ from ciuic_async.format.entry import MAX_METRICS, Position
 from ciuic_async.format.jsontext import MAX_SAFE_INTEGER
 from ciuic_async.options import PREEMPTION
 
+MAX_TEXT = 10_000
+"""Characters of a remark: a log entry holds at most 65535 bytes."""
+
 
 def check_grace(preemption: Any) -> float | None:
     """``preemption`` as seconds of grace; None: off."""
@@ -76,6 +79,21 @@ def check_tags(tags: Sequence[str]) -> tuple[str, ...]:
         if type(tag) is not str or not tag or len(tag) > 200 or not tag.isprintable():
             raise UsageError(f"tag {tag!r}: expected 1 to 200 printable characters")
     return tuple(tags)
+
+
+def check_tag(name: str) -> str:
+    """A tag that can be used as a ref. Raises UsageError."""
+    check_tags([name])
+    if name == "latest" or name.startswith(("step:", "best:")) or "~" in name:
+        raise UsageError(f"tag {name!r}: means something else as a ref; choose a name without '~', 'step:' or 'best:'")
+    return name
+
+
+def check_text(name: str, value: str) -> str:
+    """A remark that a log entry holds. Raises UsageError."""
+    if type(value) is not str or len(value) > MAX_TEXT:
+        raise UsageError(f"{name}: expected a text of at most {MAX_TEXT} characters")
+    return value
 
 
 def check_metrics(metrics: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:

@@ -257,7 +257,7 @@ class BackgroundWriter:
         )
         notify(self._listener, Event("commit", entry.snapshot, entry.stored_bytes, seconds))
         self._usual_s = seconds
-        self.newest = Snapshot(self._chain, Line(persisted.index, entry, persisted.leaf_hash))
+        self.newest = self._chain.snapshot(Line(persisted.index, entry, persisted.leaf_hash))
         job.pending.durable(self.newest)
 
     def _failed(self, job: Job, error: CiuicError) -> None:

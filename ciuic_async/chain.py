@@ -1,28 +1,29 @@
-"""SnapshotChain and Snapshot: a user's view of history. Imports torch only when a snapshot is loaded."""
+"""SnapshotChain: a user's view of history. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ciuic_async.arguments import check_tag, check_text
 from ciuic_async.errors import CommitConflictError, NotFoundError, UsageError
 from ciuic_async.events import Listener
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
 from ciuic_async.format.chain_file import ChainFile
-from ciuic_async.format.entry import Common, FileReference, KeyEntry, SnapshotEntry, kind_of
-from ciuic_async.pipeline.commit import CommitTarget, Resolved, resolve
-from ciuic_async.pipeline.history import Line, live_snapshots, newest_first, parents, resolve_ref
+from ciuic_async.format.entry import Common, FileReference, KeyEntry, NoteEntry, RollbackEntry, TagEntry
+from ciuic_async.listing import list_entries
+from ciuic_async.pipeline.commit import CommitTarget, resolve
+from ciuic_async.pipeline.history import Line, live_snapshots, parents, resolve_ref, tagged, tags, the_line
 from ciuic_async.pipeline.persist import common
 from ciuic_async.retention import collect
 from ciuic_async.retention.collect import PruneReport
 from ciuic_async.retention.policy import Policy
+from ciuic_async.snapshot import Snapshot
 from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.resolve import resolve as resolve_store
@@ -31,8 +32,7 @@ from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
 from ciuic_async.verify import VerifyReport, verify_store
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["Snapshot", "SnapshotChain"]
 
 
 class SnapshotChain:
@@ -93,23 +93,26 @@ class SnapshotChain:
 
     def __iter__(self) -> Iterator[Snapshot]:
         self._log.refresh()
-        names = parents(self._log)
-        return iter([Snapshot(self, line, names) for line in live_snapshots(self._log)])
+        names, named = parents(self._log), tags(self._log)
+        return iter([Snapshot(self._store, self._log, line, names, named) for line in live_snapshots(self._log)])
 
     def __len__(self) -> int:
         self._log.refresh()
-        return sum(1 for _ in newest_first(self._log))
+        return len(live_snapshots(self._log))
 
     def latest(self) -> Snapshot | None:
-        """The newest snapshot; None when there is none yet."""
+        """The snapshot that training goes on from: the newest, or what was rolled back to; None when there is none."""
         self._log.refresh()
-        line = next(newest_first(self._log), None)
-        return None if line is None else Snapshot(self, line)
+        line = next(the_line(self._log), None)
+        return None if line is None else self.snapshot(line)
 
     def newest_first(self) -> Iterator[Snapshot]:
-        """Snapshots from the newest on, read from the log only as far as asked for."""
+        """Snapshots from the latest on, without those that a rollback abandoned.
+
+        Read from the log only as far as asked for.
+        """
         self._log.refresh()
-        return (Snapshot(self, line) for line in newest_first(self._log))
+        return (self.snapshot(line) for line in the_line(self._log))
 
     def get(self, ref: str) -> Snapshot:
         """The snapshot that a ref means (``latest``, ``latest~1``, ``step:1200``, ``best:loss``, a tag, an id prefix).
@@ -118,7 +121,7 @@ class SnapshotChain:
             NotFoundError: there is no such snapshot.
         """
         self._log.refresh()
-        return Snapshot(self, resolve_ref(self._log, ref))
+        return self.snapshot(resolve_ref(self._log, ref))
 
     def verify(self, deep: bool = True, level: str | None = None, *, listener: Listener | None = None) -> VerifyReport:
         """Check the chain. Only reads; works while it is written to.
@@ -134,9 +137,7 @@ class SnapshotChain:
     def log(self) -> list[dict[str, Any]]:
         """All entries as plain data, oldest first: what ``ciuic log --json`` prints."""
         self._log.refresh()
-        names = parents(self._log)
-        living = {line.entry.snapshot for line in live_snapshots(self._log)}
-        return [_entry_facts(index, entry, names, living) for index, entry in self._log.entries()]
+        return list_entries(self._log)
 
     def keys(self) -> list[str]:
         """Verifier keys (vkeys) of everybody who signed this chain."""
@@ -161,12 +162,56 @@ class SnapshotChain:
         return collect.gc(self._store, self._log, orphan_age_s=orphan_age_s)
 
     def rollback(self, ref: str, reason: str = "") -> Snapshot:
-        """Make an earlier snapshot the latest. Not in this version; ``Checkpointer.restore(ref)`` goes on from one."""
-        raise _not_available("rollback")
+        """Make a snapshot the latest, by an entry that says so; nothing is deleted or changed.
 
-    def tag(self, name: str, ref: str) -> None:
-        """Give a snapshot a name. Not in this version; ``Checkpointer.save(tags=...)`` tags when it is taken."""
-        raise _not_available("tag")
+        Training that is restored goes on from it. What came after it is abandoned: it can still be read, by id for
+        example, and rolled back to; retention drops it first. Training that is running meanwhile is not told: its
+        next snapshot becomes the latest. Durable on return.
+
+        Raises:
+            NotFoundError: there is no such snapshot.
+            IntegrityError: its manifest or locator is damaged.
+        """
+        check_text("reason", reason)
+        chosen: list[Line] = []
+
+        def build(log: Log) -> list[bytes]:
+            chosen[:] = [resolve_ref(log, ref)]
+            resolve(self._store, chosen[0].entry)
+            if next(the_line(log)).leaf_hash == chosen[0].leaf_hash:
+                return []  # it is the latest
+            return [RollbackEntry(self.common(), chosen[0].leaf_hash, reason).encode()]
+
+        self._append(build)
+        return self.snapshot(chosen[0])
+
+    def tag(self, name: str, ref: str | None) -> None:
+        """Give a snapshot a name, which is a ref from now on; another snapshot that has it loses it.
+
+        Args:
+            ref: which snapshot; None takes the name away.
+
+        Raises:
+            UsageError: not a name for a tag.
+            NotFoundError: there is no such snapshot or, with None, no such tag.
+        """
+        check_tag(name)
+
+        def build(log: Log) -> list[bytes]:
+            bearer = tagged(log, name)
+            wanted = None if ref is None else resolve_ref(log, ref).entry.snapshot
+            if wanted is None and bearer is None:
+                raise NotFoundError(f"{name}: no snapshot has this tag", kind="no_such_tag", where=name)
+            if bearer is not None and bearer.entry.snapshot == wanted:
+                return []
+            return [TagEntry(self.common(), name, wanted).encode()]
+
+        self._append(build)
+
+    def note(self, text: str) -> None:
+        """Add a remark for people to the history."""
+        check_text("text", text)
+        self._append(lambda log: [NoteEntry(self.common(), text).encode()])
 
     def diff(self, a: str, b: str) -> None:
         """Compare two snapshots. Not in this version."""
@@ -179,6 +224,10 @@ class SnapshotChain:
     def common(self) -> Common:
         """Who and when, for an entry made now. For the engine."""
         return common(self._run)
+
+    def snapshot(self, line: Line) -> Snapshot:
+        """The snapshot at a place in the log. For the engine."""
+        return Snapshot(self._store, self._log, line)
 
     @property
     def log_size(self) -> int:
@@ -213,6 +262,10 @@ class SnapshotChain:
     def __repr__(self) -> str:
         return f"SnapshotChain({self._store.url!r})"
 
+    def _append(self, build: Callable[[Log], list[bytes]]) -> None:
+        target = self.target()
+        target.log.append(build, target.key, announce=target.announce)
+
     @property
     def _folder(self) -> str | None:
         return self._store.url if isinstance(self._store, LocalStore) else None
@@ -242,172 +295,3 @@ class SnapshotChain:
 
 def _not_available(name: str) -> UsageError:
     return UsageError(f"SnapshotChain.{name}() is not available in this version", kind="not_available")
-
-
-class Snapshot:
-    """One snapshot of a chain. Facts come from its signed entry; bytes are read when asked for."""
-
-    def __init__(self, chain: SnapshotChain, line: Line, names: dict[bytes, str] | None = None) -> None:
-        self._chain = chain
-        self._line = line
-        self._names = names
-
-    @property
-    def id(self) -> str:
-        """20 hex digits."""
-        return self._line.entry.snapshot
-
-    @property
-    def index(self) -> int:
-        """Index of its entry in the log."""
-        return self._line.index
-
-    @property
-    def step(self) -> int | None:
-        """Training step; None for one-off saves."""
-        return self._line.entry.step
-
-    @property
-    def epoch(self) -> int | str | None:
-        """As given to ``step``; a value that is neither integer nor text is in ``Progress`` only."""
-        return self._line.entry.epoch
-
-    @property
-    def batch(self) -> int | str | None:
-        """As given to ``step``; see ``epoch``."""
-        return self._line.entry.batch
-
-    @property
-    def created(self) -> str:
-        """UTC time by the writer's clock, e.g. ``2026-11-22T06:31:14.123Z``."""
-        return self._line.entry.common.created
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Recorded numbers by name, bit-exact."""
-        return {name: float(value) for name, value in self._line.entry.metrics}
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """Tags given when it was saved."""
-        return self._line.entry.tags
-
-    @property
-    def parent(self) -> str | None:
-        """Id of the snapshot this state came from; None for the first."""
-        parent = self._line.entry.parent
-        if parent is None:
-            return None
-        if self._names is None:
-            self._names = parents(self._chain._log)
-        return self._names.get(parent)
-
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return self._line.entry.raw_bytes
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of segments that were written for it."""
-        return self._line.entry.stored_bytes
-
-    @property
-    def leaf_hash(self) -> bytes:
-        """SHA-256 leaf hash of its entry: how children name it."""
-        return self._line.leaf_hash
-
-    @property
-    def entry(self) -> SnapshotEntry:
-        """Its entry. For the engine."""
-        return self._line.entry
-
-    def resolve(self) -> Resolved:
-        """Manifest and locator, read and checked. For the engine."""
-        return resolve(self._chain.store, self._line.entry)
-
-    def load(
-        self,
-        *,
-        only: str | Sequence[str] | None = None,
-        map_location: str | torch.device = "cpu",
-        verify: bool = True,
-        listener: Listener | None = None,
-    ) -> Any:
-        """The captured state tree.
-
-        Args:
-            only: a pattern or several over dotted paths (``"model"``, ``"model.head.*"``): reads only what they need.
-            map_location: device of all tensors.
-            verify: check the BLAKE3 of every chunk (the log, the manifest and every record's frame always are).
-
-        Raises:
-            IntegrityError: damage; names the tensor and the file. Nothing is returned.
-        """
-        from ciuic_async.pipeline.restore import load_tree
-
-        patterns = [only] if isinstance(only, str) else only
-        return load_tree(
-            self._chain.store,
-            self.resolve(),
-            only=patterns,
-            map_location=map_location,
-            verify=verify,
-            listener=listener,
-        )
-
-    def export(self, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None) -> Path:
-        """Write the tensors in another format, chosen by suffix (``.safetensors``). The file appears whole or not.
-
-        Tensor names are dotted paths. Plain values go into the file's metadata as far as the format can hold them.
-
-        Raises:
-            UsageError: an unknown suffix, or two tensors of one dotted path.
-        """
-        from ciuic_async.pipeline.export import export
-
-        return export(self.load(only=only), Path(path), self)
-
-    def __repr__(self) -> str:
-        return f"<Snapshot {self.id} step={self.step} {self.created}>"
-
-
-def _entry_facts(index: int, entry: Any, names: dict[bytes, str], living: set[str]) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "id": None,
-        "index": index,
-        "kind": kind_of(entry),
-        "step": None,
-        "epoch": None,
-        "batch": None,
-        "created": entry.common.created,
-        "parent": None,
-        "raw_bytes": None,
-        "stored_bytes": None,
-        "metrics": {},
-        "tags": [],
-    }
-    if isinstance(entry, SnapshotEntry):
-        facts |= {
-            "id": entry.snapshot,
-            "step": entry.step,
-            "epoch": entry.epoch,
-            "batch": entry.batch,
-            "parent": None if entry.parent is None else names.get(entry.parent),
-            "raw_bytes": entry.raw_bytes,
-            "stored_bytes": entry.stored_bytes,
-            "metrics": {name: _json_number(value) for name, value in entry.metrics},
-            "tags": list(entry.tags),
-            "pruned": entry.snapshot not in living,
-        }
-    elif kind_of(entry) == "prune":
-        facts["snapshots"] = list(entry.snapshots)
-    elif kind_of(entry) == "key":
-        facts["vkey"] = entry.vkey
-    return facts
-
-
-def _json_number(text: str) -> float | int | str:
-    """A metric for JSON output, which knows neither NaN nor infinity: those stay text."""
-    value = float(text)
-    return text if value != value or value in (float("inf"), float("-inf")) else json.loads(text)

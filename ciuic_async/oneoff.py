@@ -72,7 +72,7 @@ def save(
         )
         with closing(Persister(chain.target(), chain.file, encoder, chain.run)) as persister:
             done = persister.persist(request, _windows(captured), lambda window: None, keeps_memory=False)
-        return Snapshot(chain, Line(done.index, done.entry, done.leaf_hash))
+        return chain.snapshot(Line(done.index, done.entry, done.leaf_hash))
 
 
 def load(

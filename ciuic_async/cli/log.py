@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
-from ciuic_async.chain import SnapshotChain
+from ciuic_async.chain import Snapshot, SnapshotChain
+from ciuic_async.cli.graph import draw
 from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json, print_table, text
 
 
 def add_parser(commands: Subparsers) -> None:
     parser = add_command(commands, "log", run, "List the history of a chain, newest first.")
-    parser.add_argument("--all", action="store_true", help="also keys, prunes and pruned snapshots")
+    parser.add_argument("--all", action="store_true", help="also keys, prunes, ... and pruned snapshots")
+    parser.add_argument("--graph", action="store_true", help="draw which snapshot came from which")
     parser.add_argument("-n", "--limit", type=int, default=None, metavar="N", help="the newest N lines only")
 
 
 def run(args: argparse.Namespace) -> int:
     with SnapshotChain(args.chain, create=False) as chain:
         entries = chain.log()
+        latest = chain.latest() if args.graph else None
     if args.json:
         print_json(entries)
         return 0
@@ -24,6 +29,9 @@ def run(args: argparse.Namespace) -> int:
     shown = shown[::-1][: args.limit]
     if not shown:
         print("no snapshots yet")
+        return 0
+    if args.graph:
+        _print_graph(shown, {e["id"]: e["parent"] for e in entries if e["kind"] == "snapshot"}, latest)
         return 0
     rows = [
         [
@@ -44,6 +52,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_graph(shown: list[dict[str, Any]], parents: Mapping[str, str | None], latest: Snapshot | None) -> None:
+    """Snapshots only: ``*`` on the way to the latest and beside it, ``o`` abandoned by a rollback, ``x`` pruned."""
+    snapshots = {e["id"]: e for e in shown if e["kind"] == "snapshot"}
+    nearest: dict[str, str | None] = {}
+    for snapshot in snapshots:
+        parent = parents.get(snapshot)
+        while parent is not None and parent not in snapshots:  # pruned, or beyond the limit
+            parent = parents.get(parent)
+        nearest[snapshot] = parent
+    marks = {name: "x" if e["pruned"] else "o" if e["abandoned"] else "*" for name, e in snapshots.items()}
+    lines = draw(list(snapshots), nearest, marks)
+    width = max(len(picture) for picture, _ in lines)
+    for picture, snapshot in lines:
+        if not snapshot:
+            print(picture)
+            continue
+        entry = snapshots[snapshot]
+        here = " <- latest" if latest is not None and latest.id == snapshot else ""
+        when = entry["created"].replace("T", " ")[:19]
+        line = f"{picture.ljust(width)}  {snapshot}  step {text(entry['step'])}  {when}  {_details(entry)}"
+        print(line.rstrip() + here)
+
+
 def _short(value: object) -> str:
     """A metric for people; ``--json`` has every digit."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -55,10 +86,15 @@ def _details(entry: dict[str, object]) -> str:
     if entry["kind"] == "prune":
         snapshots = entry["snapshots"]
         return "pruned " + ", ".join(str(s)[:8] for s in snapshots) if isinstance(snapshots, list) else ""
+    if entry["kind"] == "rollback":
+        return f"back to {text(entry['target'])} {text(entry['reason'])}".rstrip()
+    if entry["kind"] == "tag":
+        return f"[{text(entry['name'])}] is {text(entry['target'])}"
+    if entry["kind"] == "note":
+        return text(entry["text"])
     metrics = entry["metrics"]
     tags = entry["tags"]
     parts = [f"{text(name)}={_short(value)}" for name, value in metrics.items()] if isinstance(metrics, dict) else []
     parts += [f"[{text(tag)}]" for tag in tags] if isinstance(tags, list) else []
-    if entry.get("pruned"):
-        parts.append("pruned")
+    parts += [state for state in ("pruned", "abandoned") if entry.get(state)]
     return " ".join(parts)

@@ -122,16 +122,23 @@ class SnapshotEntry:
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """A key announces itself. Entry 0 also pins ``ciuic.json``."""
+    """A key announces itself. Entry 0 also pins ``ciuic.json``.
+
+    Attributes:
+        previous: in entry 0 of a chain that goes on where another ended: that one's last log head, the whole note.
+    """
 
     common: Common
     vkey: str
     chain: FileReference | None = None
+    previous: str | None = None
 
     def encode(self) -> bytes:
         body = self.common.to_json("key") | {"vkey": self.vkey}
         if self.chain is not None:
             body["chain"] = self.chain.to_json()
+        if self.previous is not None:
+            body["previous"] = self.previous
         return _checked(body)
 
 
@@ -148,6 +155,41 @@ class PruneEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class RollbackEntry:
+    """History goes on from an earlier snapshot, named by the leaf hash of its entry."""
+
+    common: Common
+    target: bytes
+    reason: str
+
+    def encode(self) -> bytes:
+        return _checked(self.common.to_json("rollback") | {"target": self.target.hex(), "reason": self.reason})
+
+
+@dataclass(frozen=True, slots=True)
+class TagEntry:
+    """A snapshot has a name from now on; None: nothing has it any more."""
+
+    common: Common
+    name: str
+    snapshot: str | None
+
+    def encode(self) -> bytes:
+        return _checked(self.common.to_json("tag") | {"name": self.name, "snapshot": self.snapshot})
+
+
+@dataclass(frozen=True, slots=True)
+class NoteEntry:
+    """A remark for people."""
+
+    common: Common
+    text: str
+
+    def encode(self) -> bytes:
+        return _checked(self.common.to_json("note") | {"text": self.text})
+
+
+@dataclass(frozen=True, slots=True)
 class OtherEntry:
     """An entry of a kind that this version only keeps and shows."""
 
@@ -156,20 +198,20 @@ class OtherEntry:
     fields: dict[str, jsontext.Json] = field(default_factory=dict)
 
 
-Entry = SnapshotEntry | KeyEntry | PruneEntry | OtherEntry
+Entry = SnapshotEntry | KeyEntry | PruneEntry | RollbackEntry | TagEntry | NoteEntry | OtherEntry
+_KINDS: dict[type[object], str] = {
+    SnapshotEntry: "snapshot",
+    KeyEntry: "key",
+    PruneEntry: "prune",
+    RollbackEntry: "rollback",
+    TagEntry: "tag",
+    NoteEntry: "note",
+}
 
 
 def kind_of(entry: Entry) -> str:
     """The ``kind`` that the entry's bytes hold."""
-    match entry:
-        case SnapshotEntry():
-            return "snapshot"
-        case KeyEntry():
-            return "key"
-        case PruneEntry():
-            return "prune"
-        case OtherEntry():
-            return entry.kind
+    return entry.kind if isinstance(entry, OtherEntry) else _KINDS[type(entry)]
 
 
 def decode(data: bytes, index: int) -> Entry:
@@ -195,13 +237,24 @@ def decode(data: bytes, index: int) -> Entry:
     elif kind == "key":
         chain = fields.object("chain") if "chain" in fields else None
         entry = KeyEntry(
-            common, fields.string("vkey"), None if chain is None else FileReference.from_fields(chain, prefix="")
+            common,
+            fields.string("vkey"),
+            None if chain is None else FileReference.from_fields(chain, prefix=""),
+            fields.string("previous") if "previous" in fields else None,
         )
     elif kind == "prune":
         snapshots = fields.strings("snapshots")
         if not all(layout.ID.fullmatch(item) for item in snapshots):
             raise malformed(what, "field 'snapshots': not all are snapshot ids")
         entry = PruneEntry(common, snapshots, fields.string("policy"))
+    elif kind == "rollback":
+        entry = RollbackEntry(common, fields.hex("target", 32), fields.string("reason"))
+    elif kind == "tag":
+        snapshot = fields.raw("snapshot")
+        named = None if snapshot is None else fields.matching("snapshot", layout.ID)
+        entry = TagEntry(common, fields.string("name"), named)
+    elif kind == "note":
+        entry = NoteEntry(common, fields.string("text"))
     else:
         assert isinstance(value, dict)
         return OtherEntry(common, kind, value)

@@ -1,14 +1,19 @@
-"""The snapshots of a log: which there are, which were pruned, which a ref means."""
+"""What the entries of a log mean together (docs/design/004-chain.md): which snapshots there are, which is the latest,
+what a ref names.
+
+A rollback is a jump backwards. What a walk from the end of the log meets, following the jumps, is the *line*; living
+snapshots that it does not meet are abandoned.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from ciuic_async.errors import NotFoundError, UsageError
-from ciuic_async.format.entry import PruneEntry, SnapshotEntry
+from ciuic_async.format.entry import Entry, PruneEntry, RollbackEntry, SnapshotEntry, TagEntry
 from ciuic_async.transparency.log import Log
 
 _ANCESTOR = re.compile(r"(.*)~([0-9]{1,6})")
@@ -25,14 +30,72 @@ class Line:
     leaf_hash: bytes
 
 
+# --- walking backwards: only as much of the log is read as is asked for -----------------------------------------------
+
+
+def the_line(log: Log) -> Iterator[Line]:
+    """Living snapshots from the latest on, following rollbacks."""
+    pruned: set[str] = set()
+    jump: tuple[int, bytes] | None = None  # from where, to what
+    pruned_since: set[str] = set()  # by entries that the jump passes over
+    index = len(log) - 1
+    while True:
+        if index < 0:
+            if jump is None:
+                return
+            index, jump = jump[0] - 1, None  # to no snapshot before it: as if it were not there
+            continue
+        entry = log.entry(index)
+        if isinstance(entry, PruneEntry):
+            (pruned if jump is None else pruned_since).update(entry.snapshots)
+        elif isinstance(entry, RollbackEntry):
+            if jump is None:
+                jump = (index, entry.target)
+                pruned_since = set()
+        elif isinstance(entry, SnapshotEntry):
+            if jump is not None and log.leaf_hash(index) == jump[1]:
+                if entry.snapshot in pruned_since:  # to one that was gone by then: as if it were not there
+                    index, jump = jump[0] - 1, None
+                    continue
+                pruned |= pruned_since
+                jump = None
+            if jump is None and entry.snapshot not in pruned:
+                yield Line(index, entry, log.leaf_hash(index))
+        index -= 1
+
+
 def newest_first(log: Log) -> Iterator[Line]:
-    """Snapshots that are not pruned, newest first; reads only as much of the log as is asked for."""
+    """All living snapshots in the reverse order of the log, abandoned ones too."""
     pruned: set[str] = set()
     for index, entry in log.reversed_entries():
         if isinstance(entry, PruneEntry):
             pruned.update(entry.snapshots)
         elif isinstance(entry, SnapshotEntry) and entry.snapshot not in pruned:
             yield Line(index, entry, log.leaf_hash(index))
+
+
+def is_live(log: Log, snapshot: str) -> bool:
+    """Whether the log has this snapshot and no later entry prunes it."""
+    return any(line.entry.snapshot == snapshot for line in newest_first(log))
+
+
+def tagged(log: Log, name: str) -> Line | None:
+    """The snapshot that has a tag: the one that was given it last, if that is not pruned."""
+    pruned: set[str] = set()
+    bearer: str | None = None
+    for index, entry in log.reversed_entries():
+        if isinstance(entry, PruneEntry):
+            pruned.update(entry.snapshots)
+        elif isinstance(entry, TagEntry) and entry.name == name and bearer is None:
+            if entry.snapshot is None:
+                return None
+            bearer = entry.snapshot
+        elif isinstance(entry, SnapshotEntry) and (entry.snapshot == bearer or (bearer is None and name in entry.tags)):
+            return None if entry.snapshot in pruned else Line(index, entry, log.leaf_hash(index))
+    return None
+
+
+# --- the whole log, read once -----------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -42,6 +105,24 @@ class _Index:
     size: int = 0
     living: dict[str, Line] = field(default_factory=dict)
     names: dict[bytes, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def add(self, number: int, entry: Entry, leaf_hash: bytes) -> None:
+        match entry:
+            case SnapshotEntry():
+                self.living[entry.snapshot] = Line(number, entry, leaf_hash)
+                self.names[leaf_hash] = entry.snapshot
+                self.tags.update(dict.fromkeys(entry.tags, entry.snapshot))
+            case PruneEntry():
+                for snapshot in entry.snapshots:
+                    self.living.pop(snapshot, None)
+            case TagEntry(name=name, snapshot=None):
+                self.tags.pop(name, None)
+            case TagEntry(name=name, snapshot=str(snapshot)):
+                self.tags[name] = snapshot
+            case _:
+                pass
+        self.size = number + 1
 
 
 _indexes: WeakKeyDictionary[Log, _Index] = WeakKeyDictionary()
@@ -52,30 +133,50 @@ def _index(log: Log) -> _Index:
     with log.lock:
         index = _indexes.setdefault(log, _Index())
         for number, entry in log.entries(index.size):
-            if isinstance(entry, SnapshotEntry):
-                line = Line(number, entry, log.leaf_hash(number))
-                index.living[entry.snapshot] = line
-                index.names[line.leaf_hash] = entry.snapshot
-            elif isinstance(entry, PruneEntry):
-                for snapshot in entry.snapshots:
-                    index.living.pop(snapshot, None)
-            index.size = number + 1
+            index.add(number, entry, log.leaf_hash(number))
         return index
 
 
 def live_snapshots(log: Log) -> list[Line]:
-    """Snapshots that are not pruned, oldest first. Reads the whole log once, later only what is new."""
+    """All living snapshots in the order of the log, abandoned ones too."""
     with log.lock:
         return list(_index(log).living.values())
 
 
-def is_live(log: Log, snapshot: str) -> bool:
-    """Whether the log has this snapshot and no later entry prunes it."""
-    return any(line.entry.snapshot == snapshot for line in newest_first(log))
+def parents(log: Log) -> dict[bytes, str]:
+    """Snapshot id of every snapshot entry by its leaf hash, pruned ones included."""
+    with log.lock:
+        return dict(_index(log).names)
+
+
+def tags(log: Log) -> dict[str, tuple[str, ...]]:
+    """The tags of every living snapshot that has one, in the order in which they were given."""
+    with log.lock:
+        index = _index(log)
+        found: dict[str, tuple[str, ...]] = {}
+        for name, snapshot in index.tags.items():
+            if snapshot in index.living:
+                found[snapshot] = (*found.get(snapshot, ()), name)
+        return found
+
+
+def for_retention(log: Log) -> list[SnapshotEntry]:
+    """All living snapshots for a policy, with the tags that they have now: abandoned ones first, the latest last."""
+    with log.lock:
+        line = [one.entry.snapshot for one in the_line(log)][::-1]
+        living = {one.entry.snapshot: one.entry for one in live_snapshots(log)}
+        names = tags(log)
+        order = [*(snapshot for snapshot in living if snapshot not in set(line)), *line]
+        return [replace(living[snapshot], tags=names.get(snapshot, ())) for snapshot in order]
+
+
+# --- refs -------------------------------------------------------------------------------------------------------------
 
 
 def resolve_ref(log: Log, ref: str) -> Line:
     """What a ref means: ``latest``, ``latest~2``, ``step:1200``, ``best:loss``, a tag, an id or a unique prefix.
+
+    ``step:`` looks along the line first, then at what is abandoned; ``best:`` at everything.
 
     Raises:
         UsageError: not a ref.
@@ -86,43 +187,45 @@ def resolve_ref(log: Log, ref: str) -> Line:
     match = _ANCESTOR.fullmatch(ref)
     if match and match[1]:
         return _ancestor(log, resolve_ref(log, match[1]), int(match[2]), ref)
-    if ref == "latest":
-        return _first(log, lambda line: True, ref)
+    found: Line | None = None
     kind, _, value = ref.partition(":")
-    if kind == "step" and _NUMBER.fullmatch(value):
-        return _first(log, lambda line: line.entry.step == int(value), ref)
-    if kind == "best" and value:
-        return _best(log, value)
-    tagged = next((line for line in newest_first(log) if ref in line.entry.tags), None)
-    if tagged is not None:
-        return tagged
-    if _ID_PREFIX.fullmatch(ref):
-        found = [line for line in newest_first(log) if line.entry.snapshot.startswith(ref)]
-        if len(found) > 1:
-            names = ", ".join(line.entry.snapshot for line in found[:4])
-            raise UsageError(f"{ref!r} is the beginning of several snapshot ids ({names}): give more digits")
-        if found:
-            return found[0]
-    raise _not_found(log, ref)
-
-
-def _first(log: Log, accept: Callable[[Line], bool], ref: str) -> Line:
-    found = next((line for line in newest_first(log) if accept(line)), None)
+    if ref == "latest":
+        found = next(the_line(log), None)
+    elif kind == "step" and _NUMBER.fullmatch(value):
+        wanted = int(value)
+        found = _first(the_line(log), wanted) or _first(newest_first(log), wanted)
+    elif kind == "best" and value:
+        found = _best(log, value)
+    else:
+        found = tagged(log, ref) or _by_id(log, ref)
     if found is None:
         raise _not_found(log, ref)
     return found
 
 
-def _best(log: Log, metric: str) -> Line:
+def _first(lines: Iterator[Line], step: int) -> Line | None:
+    return next((line for line in lines if line.entry.step == step), None)
+
+
+def _by_id(log: Log, ref: str) -> Line | None:
+    """A whole id or a prefix that only one snapshot has. Raises UsageError."""
+    if not _ID_PREFIX.fullmatch(ref):
+        return None
+    found = [line for line in newest_first(log) if line.entry.snapshot.startswith(ref)]
+    if len(found) > 1:
+        names = ", ".join(line.entry.snapshot for line in found[:4])
+        raise UsageError(f"{ref!r} is the beginning of several snapshot ids ({names}): give more digits")
+    return found[0] if found else None
+
+
+def _best(log: Log, metric: str) -> Line | None:
     """The snapshot with the smallest value of a metric; of equals the newest."""
     best: tuple[float, Line] | None = None
     for line in newest_first(log):
         value = dict(line.entry.metrics).get(metric)
         if value is not None and float(value) == float(value) and (best is None or float(value) < best[0]):
             best = (float(value), line)
-    if best is None:
-        raise _not_found(log, f"best:{metric}")
-    return best[1]
+    return None if best is None else best[1]
 
 
 def _ancestor(log: Log, line: Line, generations: int, ref: str) -> Line:
@@ -140,7 +243,7 @@ def _ancestor(log: Log, line: Line, generations: int, ref: str) -> Line:
 
 
 def _not_found(log: Log, ref: str) -> NotFoundError:
-    newest = next(newest_first(log), None)
+    newest = next(the_line(log), None)
     if newest is None:
         return NotFoundError(f"{ref}: the chain holds no snapshot yet", kind="no_snapshot", where=ref)
     return NotFoundError(
@@ -149,9 +252,3 @@ def _not_found(log: Log, ref: str) -> NotFoundError:
         kind="no_such_snapshot",
         where=ref,
     )
-
-
-def parents(log: Log) -> dict[bytes, str]:
-    """Snapshot id of every snapshot entry by its leaf hash, pruned ones included."""
-    with log.lock:
-        return dict(_index(log).names)

@@ -16,7 +16,7 @@ from ciuic_async.format import layout
 from ciuic_async.format.entry import Common, PruneEntry, SnapshotEntry
 from ciuic_async.options import RETENTION
 from ciuic_async.pipeline.commit import CommitTarget, resolve
-from ciuic_async.pipeline.history import live_snapshots, parents
+from ciuic_async.pipeline.history import for_retention, live_snapshots, parents
 from ciuic_async.retention.policy import Policy
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency.log import Log
@@ -47,8 +47,8 @@ def prune(target: CommitTarget, policy: Policy, common: Callable[[], Common], *,
 
     def decide(log: Log) -> list[bytes]:
         """Runs again after a lost race: the decision is always made on the history it is appended to."""
-        entries = [line.entry for line in live_snapshots(log)]
-        keep = policy.keep(entries)
+        entries = for_retention(log)
+        keep = policy.keep(entries) | {entry.snapshot for entry in entries[-1:]}  # whatever it says: the latest
         decided[:] = [entry.snapshot for entry in entries if entry.snapshot not in keep]
         kept[:] = [entry.snapshot for entry in entries if entry.snapshot in keep]
         groups = [decided[i : i + SNAPSHOTS_PER_ENTRY] for i in range(0, len(decided), SNAPSHOTS_PER_ENTRY)]

@@ -14,7 +14,12 @@ class Policy(Protocol):
     """Chooses the snapshots that stay."""
 
     def keep(self, snapshots: Sequence[SnapshotEntry]) -> set[str]:
-        """Ids that stay, of ``snapshots`` (oldest first, none of them pruned)."""
+        """Ids that stay; the latest does in any case.
+
+        Args:
+            snapshots: none of them pruned, with the tags that they have now; first those that a rollback abandoned,
+                then the others, both oldest first: the latest is the last.
+        """
 
     def describe(self) -> str:
         """What is written into the prune entry."""

@@ -20,7 +20,16 @@ from contextlib import suppress
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ciuic_async.errors import CiuicWarning, UsageError
-from ciuic_async.transparency.note import Signature, Vkey, check_name, format_note
+from ciuic_async.transparency.note import (
+    COSIGNATURE,
+    ED25519,
+    MAX_TIME_S,
+    Signature,
+    Vkey,
+    check_name,
+    cosigned_text,
+    format_note,
+)
 
 ENVIRONMENT = "CIUIC_KEY"
 _PREFIX = "ED25519-SECRET+"
@@ -74,10 +83,21 @@ class SigningKey:
         vkey = self._vkey(name)
         return format_note(text, (Signature(name, vkey.key_id, self._private.sign(text.encode())),))
 
-    def _vkey(self, name: str) -> Vkey:
+    def cosigner(self, name: str) -> str:
+        """The verifier key under the name of a witness: for cosignatures, which no other key verifies."""
+        return str(self._vkey(name, COSIGNATURE))
+
+    def cosign(self, name: str, text: str, at_s: int) -> Signature:
+        """A witness's signature line under the log head ``text``, made at ``at_s`` (POSIX seconds)."""
+        if not 0 <= at_s <= MAX_TIME_S:
+            raise ValueError(f"{at_s} is no time for a cosignature")
+        signed = self._private.sign(cosigned_text(text, at_s).encode())
+        return Signature(name, self._vkey(name, COSIGNATURE).key_id, at_s.to_bytes(8, "big") + signed)
+
+    def _vkey(self, name: str, kind: int = ED25519) -> Vkey:
         if not check_name(name):
             raise UsageError(f"{name[:120]!r} cannot be the name of a key: no space, no '+', not empty")
-        return Vkey(name, self._public)
+        return Vkey(name, self._public, kind)
 
     def secret(self) -> str:
         """The key itself, as ``from_secret`` takes it: for the key file, and for processes of our own."""

@@ -1,7 +1,7 @@
-"""Signed notes, and the two texts that a log signs: its head and a slot's proposal.
+"""Signed notes, and the two texts that a log signs: its head and a slot's proposal; cosignatures of heads.
 
-C2SP signed-note v1.0.0 and tlog-checkpoint v1.0.0; the proposal is ours (docs/format.md, section 6). A proposal's
-second line is no number, so a signed proposal can never pass for a signed head.
+C2SP signed-note v1.0.0, tlog-checkpoint v1.0.0 and tlog-cosignature v1.0.1; the proposal is ours (docs/format.md,
+section 6). A proposal's second line is no number, so a signed proposal can never pass for a signed head.
 
 Input is hostile: base64 is canonical, so no byte of a note can change without a signature failing.
 """
@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from ciuic_async.errors import IntegrityError
 
 ED25519 = 1
+COSIGNATURE = 4
 LIMIT_BYTES = 1 << 20
 """64 signatures of the largest kind known (ML-DSA-44, 3.3 kB each) and a text fit well."""
 MAX_SIGNATURES = 64
@@ -29,6 +30,9 @@ PROPOSAL = "ciuic.dev/slot/v1"
 
 _LINE_START = "\u2014 "
 _KEY_ID_BYTES = 4
+_TIME_BYTES = 8
+MAX_TIME_S = 2**63 - 1
+"""Of a cosignature, POSIX seconds."""
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,15}")
 _KEY_ID = re.compile(r"[0-9a-f]{8}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -55,7 +59,11 @@ class Vkey:
         return f"{self.name}+{self.key_id.hex()}+{material}"
 
     def verifies(self, text: str, signature: bytes) -> bool:
-        """Whether ``signature`` is this key's over ``text``."""
+        """Whether ``signature`` is this key's over ``text``; a cosignature holds its time before it."""
+        if self.kind == COSIGNATURE:
+            if len(signature) != _TIME_BYTES + 64 or cosigned_at(signature) > MAX_TIME_S:
+                return False
+            text, signature = cosigned_text(text, cosigned_at(signature)), signature[_TIME_BYTES:]
         try:
             Ed25519PublicKey.from_public_bytes(self.public_key).verify(signature, text.encode())
         except (InvalidSignature, ValueError):
@@ -107,7 +115,7 @@ def parse_vkey(text: str) -> Vkey:
         raise IntegrityError(f"{text[:120]!r} is no verifier key (name+hash+base64)", kind="vkey_malformed")
     if sha256(parts[0].encode("utf-8", "surrogatepass") + b"\n" + material).hexdigest()[:8] != parts[1]:
         raise IntegrityError(f"verifier key {text[:120]!r}: its key ID is not that of its key", kind="vkey_malformed")
-    if material[0] != ED25519:
+    if material[0] not in (ED25519, COSIGNATURE):
         raise IntegrityError(
             f"verifier key {text[:120]!r}: signature type {material[0]} is unknown here; upgrade ciuic-async",
             kind="vkey_kind_unknown",
@@ -116,7 +124,7 @@ def parse_vkey(text: str) -> Vkey:
         raise IntegrityError(
             f"verifier key {text[:120]!r}: {len(material) - 1} bytes of key, expected 32", kind="vkey_malformed"
         )
-    return Vkey(parts[0], material[1:])
+    return Vkey(parts[0], material[1:], material[0])
 
 
 def format_note(text: str, signatures: tuple[Signature, ...]) -> str:
@@ -188,6 +196,19 @@ def verify_note(note: Note, known: Mapping[KeyName, Vkey], what: str) -> Verifie
             where=what,
         )
     return VerifiedNote(note.text, tuple(signers))
+
+
+# --- cosignatures -----------------------------------------------------------------------------------------------------
+
+
+def cosigned_text(text: str, at_s: int) -> str:
+    """What a witness signs: it saw the head ``text`` at this time, and none before that contradicts it."""
+    return f"cosignature/v1\ntime {at_s}\n{text}"
+
+
+def cosigned_at(signature: bytes) -> int:
+    """The time, POSIX seconds, that a cosignature states."""
+    return int.from_bytes(signature[:_TIME_BYTES], "big")
 
 
 # --- what a log signs -------------------------------------------------------------------------------------------------

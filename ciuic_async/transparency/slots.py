@@ -110,7 +110,7 @@ def announced_keys(origin: str, entries: Iterable[bytes]) -> dict[bytes, Vkey]:
             vkey = note.parse_vkey(entry.vkey) if isinstance(entry, KeyEntry) else None
         except (IntegrityError, FormatVersionError):
             continue
-        if vkey is not None and vkey.name == origin:
+        if vkey is not None and vkey.name == origin and vkey.kind == note.ED25519:
             keys.setdefault(vkey.key_id, vkey)
     return keys
 

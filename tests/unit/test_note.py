@@ -6,11 +6,14 @@ import base64
 import hashlib
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from ciuic_async.errors import IntegrityError
-from ciuic_async.transparency import note
+from ciuic_async.format.entry import Common, KeyEntry
+from ciuic_async.transparency import note, slots
 from ciuic_async.transparency.keys import SigningKey
 
+COMMON = Common("fedcba9876543210fedc", "2026-11-22T06:31:14.123Z", "node-3", "ciuic_async/1.0.0")
 # C2SP signed-note, section "Example".
 SPEC_VKEY = "example.com/foo+530d903a+AekyeRrm56hApGFkyQR4ZCbV54Id2LKaANYcrnKv3U2k"
 SPEC_NOTE = (
@@ -184,3 +187,34 @@ def test_a_head_of_another_log_is_refused() -> None:
     with pytest.raises(IntegrityError) as caught:
         note.parse_head(note.head_text("other", 7, ROOT), "origin", "head")
     assert caught.value.kind == "origin_mismatch"
+
+
+def test_a_cosignature_states_its_time() -> None:
+    """The line of a witness holds the time and an Ed25519 signature over cosignature/v1, the time and the head; another
+    time, another head or a note's own signature by the same key does not pass for it."""
+    key = SigningKey.generate()
+    vkey = note.parse_vkey(key.cosigner("witness.example/w1"))
+    assert vkey.kind == note.COSIGNATURE
+    assert str(vkey) == key.cosigner("witness.example/w1")
+    text = note.head_text("origin.example", 7, bytes(32))
+    line = key.cosign("witness.example/w1", text, 1_700_000_000)
+    assert (line.name, line.key_id) == ("witness.example/w1", vkey.key_id)
+    assert note.cosigned_at(line.signature) == 1_700_000_000
+    signed = f"cosignature/v1\ntime 1700000000\n{text}".encode()
+    Ed25519PublicKey.from_public_bytes(vkey.public_key).verify(line.signature[8:], signed)
+    data = note.format_note(text, (line,)).encode()
+    assert note.verify(data, {(line.name, line.key_id): vkey}, "head").signers == (vkey,)
+    assert not vkey.verifies(text, (1_700_000_001).to_bytes(8, "big") + line.signature[8:])
+    assert not vkey.verifies(note.head_text("origin.example", 8, bytes(32)), line.signature)
+    assert not vkey.verifies(text, line.signature[8:])
+    assert not vkey.verifies(text, b"\xff" * 8 + line.signature[8:])
+    assert note.parse_vkey(key.vkey("witness.example/w1")).key_id != vkey.key_id
+    with pytest.raises(ValueError, match="time"):
+        key.cosign("witness.example/w1", text, -1)
+
+
+def test_a_witness_key_cannot_sign_for_a_log() -> None:
+    """A key entry that announces a key for cosignatures gives nobody the right to write."""
+    origin = "ciuic.dev/chain/" + "0f" * 16
+    announcement = KeyEntry(COMMON, SigningKey.generate().cosigner(origin)).encode()
+    assert slots.announced_keys(origin, [announcement]) == {}
