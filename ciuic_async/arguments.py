@@ -71,6 +71,13 @@ def check_state(state: Mapping[str, Any]) -> MutableMapping[str, Any]:
     return state if isinstance(state, MutableMapping) else dict(state)
 
 
+def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was started with, as a dict. Raises UsageError."""
+    if not isinstance(config, Mapping):
+        raise UsageError(f"config={config!r}: expected a mapping of names to plain values, e.g. vars(args)")
+    return dict(config)
+
+
 def check_tags(tags: Sequence[str]) -> tuple[str, ...]:
     """Tags as they are recorded. Raises UsageError."""
     if isinstance(tags, str):

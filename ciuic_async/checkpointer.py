@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from ciuic_async.arguments import (
     check_choice,
+    check_config,
     check_grace,
     check_number,
     check_patterns,
@@ -30,6 +31,7 @@ from ciuic_async.arguments import (
 )
 from ciuic_async.background import BackgroundWriter
 from ciuic_async.capture import training
+from ciuic_async.capture.state_tree import encode_plain
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.codecs.choose import encoder_for
 from ciuic_async.errors import CiuicError, CiuicWarning, SaveFailedError, UsageError
@@ -81,6 +83,8 @@ class Checkpointer:
             killed becomes durable all the same, and a restarted training restores from memory (docs/crash.md).
         on_error: ``"warn"``: background failures never stop training; ``"raise"``: the next ``step`` raises them.
         key: signing key: path or the secret itself; default ``CIUIC_KEY``, else the user's own.
+        config: plain values that training was started with (at most 64 KiB), as they are now: recorded with every
+            snapshot, bit-exact; ``Snapshot.config`` has them.
 
     Raises:
         UsageError: an argument is wrong, or belongs to a part that is not built yet.
@@ -109,6 +113,7 @@ class Checkpointer:
         mtbf_s: float | None = None,
         on_error: str = "warn",
         key: str | os.PathLike[str] | None = None,
+        config: Mapping[str, Any] | None = None,
         listener: Listener | None = None,
     ) -> None:
         patterns = check_patterns(frozen)
@@ -166,6 +171,7 @@ class Checkpointer:
             busy_timeout_s if when_busy == "wait" else 0.0,
             when_busy == "skip",
             patterns,
+            None if config is None else encode_plain(check_config(config), "config"),
         )
         self._taker = Taker(
             self._state,

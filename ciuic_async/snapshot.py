@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ciuic_async.events import Listener
 from ciuic_async.format.entry import SnapshotEntry
-from ciuic_async.pipeline.commit import Resolved, resolve
+from ciuic_async.pipeline.commit import Resolved, read_root, resolve
 from ciuic_async.pipeline.history import Line, parents, tags
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency.log import Log
@@ -73,6 +73,21 @@ class Snapshot:
     def metrics(self) -> dict[str, float]:
         """Recorded numbers by name, bit-exact."""
         return {name: float(value) for name, value in self._line.entry.metrics}
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """What training was started with, as given to ``Checkpointer(config=...)``. Reads the manifest's root.
+
+        Raises:
+            IntegrityError: the manifest is damaged.
+        """
+        node = read_root(self._store, self._line.entry).progress.config
+        if node is None:
+            return None
+        from ciuic_async.capture.state_tree import decode_plain
+
+        value = decode_plain(node)
+        return value if isinstance(value, dict) else {"config": value}
 
     @property
     def tags(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from ciuic_async.capture.state_tree import Captured, encode_plain
 from ciuic_async.errors import CiuicError, InternalError, SaveFailedError, StoreError
 from ciuic_async.events import Event, Listener, SnapshotStats, logger, notify
 from ciuic_async.format import layout
-from ciuic_async.format.manifest import Progress
+from ciuic_async.format.manifest import Node, Progress
 from ciuic_async.handoffs import CapturePlan, PlanMemo
 from ciuic_async.keeper.client import Keeper
 from ciuic_async.overlap import Flight, Overlap
@@ -73,6 +73,7 @@ class TakingOptions:
     busy_timeout_s: float
     skips_quietly: bool
     frozen: tuple[str, ...] = ()
+    config: Node = None
 
 
 class Taker:
@@ -186,7 +187,12 @@ class Taker:
             step=moment.step,
             epoch=position(moment.epoch),
             batch=position(moment.batch),
-            progress=Progress(moment.step, encode_plain(moment.epoch, "epoch"), encode_plain(moment.batch, "batch")),
+            progress=Progress(
+                moment.step,
+                encode_plain(moment.epoch, "epoch"),
+                encode_plain(moment.batch, "batch"),
+                self._options.config,
+            ),
             metrics=check_metrics(moment.metrics),
             tags=moment.tags,
             environment=self._environment,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from ciuic_async.chain import Snapshot, SnapshotChain
@@ -68,8 +69,19 @@ def _facts(snapshot: Snapshot, resolved: Resolved) -> dict[str, Any]:
         "chunks": codecs,
         "segments": len(resolved.segments),
         "environment": resolved.manifest.environment,
+        "config": _plain(snapshot.config),
         "tensors": [
             {"path": dotted(t.path), "dtype": t.dtype, "shape": list(t.shape), "raw_bytes": t.size_bytes}
             for t in resolved.manifest.tensors
         ],
     }
+
+
+def _plain(value: object) -> Any:
+    """A configuration as JSON has it; what JSON does not know as Python prints it."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    finite = isinstance(value, float) and math.isfinite(value)
+    return value if value is None or finite or type(value) in (str, int, bool) else repr(value)

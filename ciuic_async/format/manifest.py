@@ -110,11 +110,12 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where training stood, as value nodes."""
+    """Where training stood, and how it was configured, as value nodes."""
 
     step: Node = None
     epoch: Node = None
     batch: Node = None
+    config: Node = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +269,7 @@ def with_root(manifest: Manifest, parts: Sequence[bytes], chunks: ChunkTree, raw
             },
             "environment": dict(manifest.environment),
         }
+        | ({} if manifest.progress.config is None else {"config": manifest.progress.config})
     )
     if len(root) > ROOT_LIMIT_BYTES:
         raise UsageError(
@@ -381,7 +383,8 @@ def decode_root(data: bytes, snapshot: str) -> ManifestRoot:
     if [part.path for part in parts] != [layout.manifest_part(snapshot, n) for n in range(len(parts))] or not parts:
         raise malformed(what, "parts are not numbered 0, 1, 2, ...")
     position = fields.object("progress")
-    progress = Progress(position.raw("step"), position.raw("epoch"), position.raw("batch"))
+    config = fields.raw("config") if "config" in fields else None
+    progress = Progress(position.raw("step"), position.raw("epoch"), position.raw("batch"), config)
     position.done()
     environment = fields.raw("environment")
     if not (isinstance(environment, dict) and all(isinstance(value, str) for value in environment.values())):

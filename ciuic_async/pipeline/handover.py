@@ -6,7 +6,7 @@ Still nothing in it is executed, and what does not parse is an ``IntegrityError`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from ciuic_async.format import jsontext, layout
@@ -74,7 +74,7 @@ def encode_request(request: SaveRequest, lineage: Lineage) -> bytes:
             "step": request.step,
             "epoch": request.epoch,
             "batch": request.batch,
-            "progress": [request.progress.step, request.progress.epoch, request.progress.batch],
+            "progress": list(astuple(request.progress)),
             "metrics": [list(metric) for metric in request.metrics],
             "tags": list(request.tags),
             "environment": request.environment,
@@ -121,14 +121,14 @@ def _decode(shared: Fields, own: Fields) -> Handover:
         values=values,
     )
     shared.done()
-    step, epoch, batch = own.array("progress")
+    step, epoch, batch, config = own.array("progress")
     request = SaveRequest(
         snapshot=own.matching("snapshot", layout.ID),
         plan=plan,
         step=None if own.raw("step") is None else own.integer("step"),
         epoch=_position(own, "epoch"),
         batch=_position(own, "batch"),
-        progress=Progress(step, epoch, batch),
+        progress=Progress(step, epoch, batch, config),
         metrics=tuple((_text(name), _text(value)) for name, value in own.array("metrics")),
         tags=own.strings("tags"),
         environment={name: _text(value) for name, value in own.raw("environment").items()},

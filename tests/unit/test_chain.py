@@ -198,3 +198,27 @@ def test_another_process_sees_what_was_added(chain: SnapshotChain, tmp_path: Pat
         latest = other.latest()
         assert latest is not None
         assert latest.load() == {"n": 1}
+
+
+def test_a_run_records_what_it_was_started_with(tmp_path: Path) -> None:
+    """``config`` comes back bit for bit from every snapshot, as it was when the checkpointer was made; what is no plain
+    value or no mapping is refused at once."""
+    config: dict[str, Any] = {
+        "lr": 0.1 + 0.2,
+        "betas": (0.9, 0.999),
+        "seed": 2**70,
+        "name": "größe",
+        "nested": {1: None},
+    }
+    with SnapshotChain(tmp_path / "chain") as chain:
+        with Checkpointer(chain, {"t": torch.zeros(4)}, config=config) as ckpt:
+            config_before = dict(config)
+            config["lr"] = 7.0
+            first = ckpt.save().wait_durable()
+            second = ckpt.save().wait_durable()
+        assert first.config == second.config == config_before
+        with Checkpointer(chain, {"t": torch.zeros(4)}) as ckpt:
+            assert ckpt.save().wait_durable().config is None
+        for wrong in ({"t": torch.zeros(1)}, {"f": print}, {"x": "y" * 100_000}, [1]):
+            with pytest.raises(UsageError):
+                Checkpointer(chain, {"t": torch.zeros(4)}, config=wrong)  # type: ignore[arg-type]
