@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,7 @@ from ciuic_async.staging.slots import SlotPool
 
 STATS_KEPT = 10_000
 """Statistics of the newest snapshots; bounded, for runs are long."""
-
+_LOOK_AGAIN_S = 1.0
 
 Description = tuple[bytes, bytes]
 """Plan and request as ``pipeline.handover`` encodes them, for the slot; empty where nobody else is to read them."""
@@ -39,7 +40,10 @@ Description = tuple[bytes, bytes]
 
 @dataclass(slots=True)
 class Job:
-    """A snapshot for the writer. ``stats`` and ``staged_s`` (``perf_counter``) are set when its windows end."""
+    """A snapshot for the writer. ``stats`` and ``staged_s`` (``perf_counter``) are set when its windows end.
+
+    ``submitted_s`` (``monotonic``): from then on the writer has it; 0: not yet.
+    """
 
     request: SaveRequest
     windows: WindowQueue
@@ -75,7 +79,7 @@ class BackgroundWriter:
         self._pool = pool
         self._keep = keep
         self._listener = listener
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.digesters = OrderedWorkers(WRITE.digest_threads, "ciuic-digest", lambda: None)
         """Threads that help the training thread where it digests what it staged; started when it first does."""
@@ -86,8 +90,8 @@ class BackgroundWriter:
         self._last_tidy_problem = ""
         self._ends_itself = False
         self._closing = False
-        self._idle = threading.Condition()
-        self._under_way: deque[Job] = deque()  # guarded by _idle
+        self._afterwards: Callable[[], None] | None = None
+        self._under_way: Job | None = None  # the writer's; others that wait come after it
         self._late = threading.Thread(target=self._watch, name="ciuic-late", daemon=True)
         self._ended = threading.Event()
         self._usual_s = 0.0
@@ -140,16 +144,21 @@ class BackgroundWriter:
         """Queue a job, after ``start``; the number of slots bounds the queue."""
         now_s = time.monotonic()
         interval_s = now_s - self._submitted_s
-        self._submitted_s = job.submitted_s = now_s
+        self._submitted_s = now_s
         job.deadline_s = now_s + min(WRITE.patience_s, WRITE.patience_fraction * interval_s)
-        with self._idle:
-            self._under_way.append(job)
+        # No interrupt comes between these two: whoever is interrupted sees by the first whose the slot is.
+        job.submitted_s = now_s
         self._jobs.put(job)
 
     def wait_idle(self) -> None:
         """Wait until nothing is under way, retention included."""
-        with self._idle:
-            self._idle.wait_for(lambda: not self._under_way)
+        thread = self._thread
+        if thread is None:
+            return
+        reached = threading.Event()
+        self._jobs.put(reached)
+        while not reached.wait(_LOOK_AGAIN_S) and thread.is_alive():  # closed meanwhile: it comes to no event any more
+            pass
 
     def stats(self) -> list[SnapshotStats]:
         """Figures of finished snapshots, in order of their completion."""
@@ -171,12 +180,16 @@ class BackgroundWriter:
         problem, self._tidy_problem = self._tidy_problem, None
         return problem
 
-    def close(self) -> None:
+    def close(self, afterwards: Callable[[], None] | None = None) -> None:
         """Finish all jobs, then end the threads and give the slots back. Idempotent.
 
         Garbage collection may call this on the writer thread itself: then it ends when its jobs are done.
+
+        Args:
+            afterwards: called when nothing is under way any more; not where waiting for that was interrupted.
         """
         self._closing = True  # first: a thread that saves meanwhile must not start another writer
+        self._afterwards = afterwards or self._afterwards
         thread, self._thread = self._thread, None
         if thread is not None:
             self._ends_itself = thread is threading.current_thread()
@@ -188,6 +201,10 @@ class BackgroundWriter:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
+            if isinstance(job, threading.Event):
+                job.set()
+                continue
+            self._under_way = job
             try:
                 self._write(job)
             except CiuicError as error:
@@ -197,9 +214,7 @@ class BackgroundWriter:
                 failure.__cause__ = error
                 self._failed(job, failure)
             finally:
-                with self._idle:
-                    self._under_way.popleft()  # this one: they end in the order in which they came
-                    self._idle.notify_all()
+                self._under_way = None
             del job  # while waiting for the next one nothing of this one is kept alive
         if self._ends_itself:
             self._end()
@@ -211,6 +226,9 @@ class BackgroundWriter:
         self.digesters.close()
         self._persister.close()
         self._pool.close()
+        afterwards, self._afterwards = self._afterwards, None
+        if afterwards is not None:
+            afterwards()
 
     def _write(self, job: Job) -> None:
         try:
@@ -274,8 +292,7 @@ class BackgroundWriter:
 
     def _tell_if_late(self) -> None:
         now_s = time.monotonic()
-        with self._idle:
-            job = self._under_way[0] if self._under_way else None
+        job = self._under_way
         if job is None or now_s - self._told_late_s < WRITE.late_again_s:
             return
         waited_s = now_s - job.submitted_s

@@ -142,6 +142,8 @@ class Checkpointer:
         target = self._chain.target()
         self._keeper: Keeper | None = None
         if keeper:
+            with suppress(CiuicError):  # what is wrong with the log shows when something is saved or restored
+                target.log.refresh()  # what it has by now is no sign that training went on without us
             store = self._chain.store
             self._keeper = Keeper(Charge(store.url, self._chain.origin, self._chain.secret, self._chain.run, codec))
         self._pool = SlotPool(self._keeper)
@@ -479,15 +481,19 @@ def _end(
     """Finish what was taken. Knows nothing of the checkpointer, which may be gone."""
     if os.getpid() != owner_pid:
         return  # a forked child: everything belongs to its parent
-    try:
-        try:
-            overlap.close()
-        finally:
-            writer.close()
-    finally:
+
+    def afterwards() -> None:
+        # Not before all is durable, nor where waiting for that was interrupted: then the keeper finishes it.
         if keeper is not None:
             keeper.close()
         if chain is not None:
             chain.close()
+
+    try:
+        try:
+            overlap.close()
+        finally:
+            writer.close(afterwards)
+    finally:
         if preemption is not None:
             preemption.close()  # last: a signal that nobody acted on may end the process here

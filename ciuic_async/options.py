@@ -103,6 +103,10 @@ class KeeperOptions:
     """How long it stays after the trainer's death: for another try at a full disk, and for a restarted trainer."""
     wait_s: float = 600.0
     """How long a restarted trainer waits for it to finish writing, before it kills it."""
+    silent_s: float = 30.0
+    """How long a restarted trainer waits for one that shows no sign of life: it was stopped, or hangs."""
+    attempt_s: float = 3600.0
+    """How long it may take to make a snapshot durable: then the disk hangs, and memory is of more use to others."""
     restart_pause_s: float = 60.0
     """A keeper that was killed is started again, but not more often than this."""
     exit_s: float = 5.0

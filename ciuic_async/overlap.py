@@ -223,10 +223,11 @@ class Overlap:
             job.pending.drive = None
             job.pending.staged()
             notify(self._listener, Event("stage", request.snapshot, job.stats.raw_bytes, stage_s))
-        except BaseException:  # Ctrl-C; the writer will not hear of it, so the slot goes back from here
-            job.windows.release_all(self._pool)
+            self._writer.submit(job)
+        except BaseException:  # Ctrl-C; where the writer has not heard of it the slot goes back from here
+            if not job.submitted_s:
+                job.windows.release_all(self._pool)
             raise
-        self._writer.submit(job)
         self._forget(flight)  # last: who finds no flight may rely on the writer having it
 
     def _discard(self, flight: Flight, reason: str) -> None:

@@ -67,6 +67,11 @@ class Preemption:
         self._handler = self._note  # one object: bound methods are made anew each time
         self.preempted = False
         """Whether a signal ever came. A loop may look at it and end in its own way."""
+        # First: where the system gives no thread, no handler is left behind that nobody sees to.
+        self._thread = threading.Thread(
+            target=_watch, args=(self._queue, weakref.ref(self)), name="ciuic-preempt", daemon=True
+        )
+        self._thread.start()
         for number in SIGNALS:
             previous = signal.getsignal(number)
             if previous is None:  # set by other code than Python: it cannot be called from here
@@ -77,10 +82,6 @@ class Preemption:
             self._previous[number] = previous
             signal.signal(number, self._handler)
         _installed.add(self)
-        self._thread = threading.Thread(
-            target=_watch, args=(self._queue, weakref.ref(self)), name="ciuic-preempt", daemon=True
-        )
-        self._thread.start()
 
     def take(self) -> Notice | None:
         """The signal to act on now, or None. Whoever gets one calls ``pass_on`` when that is done."""

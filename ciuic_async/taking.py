@@ -282,15 +282,15 @@ class Taker:
             windows.end()
             job.pending.staged()
             notify(self._listener, Event("stage", request.snapshot, job.stats.raw_bytes, now - staging_started))
+            if not plan.windowed:
+                self._writer.submit(job)
         except BaseException as error:  # Ctrl-C, too
             windows.abandon(
                 error if isinstance(error, CiuicError) else SaveFailedError(f"staging was interrupted: {error!r}")
             )
-            if not plan.windowed:  # no writer knows of it
+            if not job.submitted_s:  # no writer knows of it
                 windows.release_all(self._pool)
             raise
-        if not plan.windowed:
-            self._writer.submit(job)
 
     def _digests_at_once(self, captured: Captured) -> bool:
         """Whether digesting belongs to staging: where training keeps every processor busy.

@@ -116,7 +116,7 @@ def verify_store(store: Store, *, deep: bool = True, listener: Listener | None =
     audit = audit_log(store, chain.origin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in audit.problems]
     _check_chain_file(walk, data, chain.origin, audit.entries)
-    living = _check_history(walk, audit.entries)
+    living = _check_history(walk, audit.entries, audit.leaf_hashes)
     for number, entry in enumerate(living):
         _check_snapshot(walk, entry, deep=deep)
         notify(listener, Event("verify", entry.snapshot, entry.raw_bytes, total_bytes=number + 1))
@@ -154,16 +154,27 @@ def _check_chain_file(walk: _Walk, data: bytes, origin: str, history: list[Entry
         )
 
 
-def _check_history(walk: _Walk, history: list[Entry]) -> list[SnapshotEntry]:
+def _check_history(walk: _Walk, history: list[Entry], leaf_hashes: list[bytes]) -> list[SnapshotEntry]:
     """Rules between entries; the snapshots that must still be there, oldest first."""
     seen: dict[str, SnapshotEntry] = {}
     pruned: set[str] = set()
+    names: set[bytes] = set()  # by which children name their parents
     for index, entry in enumerate(history):
         if isinstance(entry, SnapshotEntry):
             if entry.snapshot in seen:
                 walk.problems.append(
                     Problem("bad_history", f"entry {index}", f"entry {index}: snapshot {entry.snapshot} twice")
                 )
+            if entry.parent is not None and entry.parent not in names:
+                walk.problems.append(
+                    Problem(
+                        "bad_history",
+                        f"entry {index}",
+                        f"entry {index}: snapshot {entry.snapshot} names the parent {entry.parent.hex()[:16]}, which "
+                        "is no snapshot before it",
+                    )
+                )
+            names.add(leaf_hashes[index])
             seen[entry.snapshot] = entry
         elif isinstance(entry, PruneEntry):
             unknown = [snapshot for snapshot in entry.snapshots if snapshot not in seen]

@@ -137,7 +137,9 @@ def live_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     return {
         name: tensor.detach()
         for name, tensor in module.state_dict().items()
-        if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in owned
+        if isinstance(tensor, torch.Tensor)
+        and not unmaterialized(tensor)
+        and tensor.untyped_storage().data_ptr() in owned
     }
 
 
@@ -235,15 +237,23 @@ def _uncast(current: Any, saved: Any) -> Any:
     return current
 
 
-def merge_plain(live: Any, saved: Any) -> Any:
+def merge_plain(live: Any, saved: Any, twice: dict[int, bool]) -> Any:
     """Put a saved plain tree into a live one: tensors, arrays, dicts and lists in place, the rest by value.
 
     The tensors, arrays, dicts and lists inside tuples and named tuples are filled in place too.
+
+    Args:
+        twice: by ``id`` what is also elsewhere, where something else is to be as far as manifests tell; True once it
+            is filled, and then it is not filled again.
 
     Returns:
         ``live`` where it could be changed in place, else ``saved``; for tuples a new one if any of its items is another
         object now.
     """
+    if id(live) in twice:
+        if twice[id(live)]:
+            return live if not isinstance(live, torch.Tensor) and _same(live, saved, twice) else saved
+        twice[id(live)] = True
     if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
         if live.shape != saved.shape or live.dtype != saved.dtype or _overlaps_itself(live):
             return saved
@@ -256,23 +266,48 @@ def merge_plain(live: Any, saved: Any) -> Any:
         live[...] = saved
         return live
     if isinstance(live, dict) and type(live) is type(saved):
-        merged = {key: merge_plain(live[key], value) if key in live else value for key, value in saved.items()}
+        merged = {key: merge_plain(live[key], value, twice) if key in live else value for key, value in saved.items()}
         live.clear()
         live.update(merged)
         return live
     if type(live) is list and type(saved) is list:
-        live[:] = _merge_items(live, saved)
+        live[:] = _merge_items(live, saved, twice)
         return live
     if isinstance(live, tuple) and isinstance(saved, tuple) and _same_kind_of_tuple(live, saved):
-        items = _merge_items(live, saved)
+        items = _merge_items(live, saved, twice)
         if len(items) == len(live) and all(item is old for item, old in zip(items, live, strict=True)):
             return live
         return tuple.__new__(type(live), items)
     return saved
 
 
-def _merge_items(live: Sequence[Any], saved: Sequence[Any]) -> list[Any]:
-    return [merge_plain(live[number], value) if number < len(live) else value for number, value in enumerate(saved)]
+def _same(live: Any, saved: Any, twice: Mapping[int, bool]) -> bool:
+    """Whether what is filled already is to the bit what is to be here, too.
+
+    Manifests tell which tensors were shared when they were saved, and of dicts, lists and arrays they do not.
+    """
+    if type(live) is not type(saved):
+        return False
+    if isinstance(live, torch.Tensor):
+        if id(live) in twice or (live.dtype, live.shape) != (saved.dtype, saved.shape):
+            return False
+        one, other = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (live, saved))
+        return torch.equal(one, other)
+    if isinstance(live, np.ndarray):
+        return bool(live.dtype == saved.dtype and live.shape == saved.shape and live.tobytes() == saved.tobytes())
+    if isinstance(live, dict):
+        return list(live) == list(saved) and all(_same(live[key], saved[key], twice) for key in saved)
+    if isinstance(live, list | tuple):
+        return len(live) == len(saved) and all(_same(one, other, twice) for one, other in zip(live, saved, strict=True))
+    if isinstance(live, float):
+        return bool(live.hex() == saved.hex())
+    return isinstance(live, str | bytes | int | None) and bool(live == saved)
+
+
+def _merge_items(live: Sequence[Any], saved: Sequence[Any], twice: dict[int, bool]) -> list[Any]:
+    return [
+        merge_plain(live[number], value, twice) if number < len(live) else value for number, value in enumerate(saved)
+    ]
 
 
 def _same_kind_of_tuple(live: tuple[Any, ...], saved: tuple[Any, ...]) -> bool:

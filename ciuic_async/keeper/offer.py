@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import struct
@@ -21,6 +20,7 @@ from ciuic_async.options import KEEPER
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _REPORT_S = 10.0
+_LOOK_S = 1.0
 _CONNECT_S = 10.0
 
 
@@ -75,7 +75,8 @@ class Offer:
 def find(origin: str, url: str) -> list[Offer]:
     """Keepers whose trainers are dead; waits until they have done what they can. Those of living ones are left alone.
 
-    A keeper that does not finish within ``KEEPER.wait_s`` is killed: from then on it cannot commit.
+    A keeper that does not finish within ``KEEPER.wait_s`` is killed: from then on it cannot commit. So is one that
+    shows no sign of life for ``KEEPER.silent_s``, unless its trainer lives.
     """
     return [offer for path in wire.addresses(origin, url) if (offer := _ask(path)) is not None]
 
@@ -119,30 +120,68 @@ def _peer(link: socket.socket) -> tuple[int, int]:
 
 def _answer(link: socket.socket, path: Path) -> tuple[wire.Message | None, list[int]]:
     """What the keeper says when it has time; it is killed if it does not get there."""
-    started_s = time.monotonic()
-    while (waited_s := time.monotonic() - started_s) < KEEPER.wait_s:
-        link.settimeout(min(_REPORT_S, KEEPER.wait_s - waited_s))
+    started_s = told_s = alive_s = time.monotonic()
+    sign = _sign_of_life(path)
+    link.settimeout(_LOOK_S)
+    while True:
         with suppress(TimeoutError):
             answer = wire.receive(link)
             link.settimeout(None)
             return answer
-        logger.warning(
-            "the crashed run's keeper is still writing its newest snapshot; waiting for it, %.0f s so far",
-            time.monotonic() - started_s,
-        )
-    logger.error("the crashed run's keeper did not finish within %.0f s and is killed", KEEPER.wait_s)
-    with socket.socket(socket.AF_UNIX, wire.KIND) as again, suppress(OSError):
+        now_s = time.monotonic()
+        if (newer := _sign_of_life(path)) != sign:
+            sign, alive_s = newer, now_s
+        if now_s - alive_s >= KEEPER.silent_s:
+            logger.warning(
+                "a keeper of this chain shows no sign of life for %.0f s (it is stopped, or the machine stands still): "
+                "restoring from the chain alone, without what it holds",
+                now_s - alive_s,
+            )
+            _end_listener(path, unless_trainer_lives=True)
+            return None, []
+        if now_s - started_s >= KEEPER.wait_s:
+            logger.error("the crashed run's keeper did not finish within %.0f s and is killed", KEEPER.wait_s)
+            _end_listener(path)
+            return None, []
+        if now_s - told_s >= _REPORT_S and alive_s > started_s:
+            told_s = now_s
+            logger.warning(
+                "the crashed run's keeper is still writing its newest snapshot; waiting for it, %.0f s so far",
+                now_s - started_s,
+            )
+
+
+def _sign_of_life(path: Path) -> int | None:
+    """Something that changes every other second while a keeper is at work."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _end_listener(path: Path, *, unless_trainer_lives: bool = False) -> None:
+    """Kill the keeper that listens at an address."""
+    with socket.socket(socket.AF_UNIX, wire.KIND) as again, suppress(OSError, IndexError):
         again.settimeout(1.0)
         again.connect(str(path))  # anew: when we connected first it may have been its trainer's address still
         pid = _peer(again)[0]
         keeper = os.pidfd_open(pid)
         try:
             # One that never came so far as to listen itself leaves its trainer's number there, by now anybody's.
-            if b"ciuic_async.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"ciuic_async.keeper" in command and not (unless_trainer_lives and _has_its_trainer(pid, command)):
                 _end(keeper)
         finally:
             os.close(keeper)
-    return None, []
+
+
+def _has_its_trainer(pid: int, command: bytes) -> bool:
+    """Whether a keeper's parent is still the process that started it: nobody else is told its number."""
+    trainer = command.rstrip(b"\0").split(b"\0")[-3]
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    status = Path(f"/proc/{parent}/status").read_bytes()
+    # Of a trainer in another container both its number here and there.
+    return any(line.startswith(b"NSpid:") and trainer in line.split() for line in status.splitlines())
 
 
 def _end(keeper: int) -> None:
@@ -151,5 +190,5 @@ def _end(keeper: int) -> None:
         return
     with suppress(OSError):
         signal.pidfd_send_signal(keeper, signal.SIGKILL)
-    if not select.select([keeper], [], [], KEEPER.exit_s)[0]:
+    if not wire.readable(keeper, KEEPER.exit_s):
         logger.error("the crashed run's keeper does not end: it may still add the snapshot that it had")

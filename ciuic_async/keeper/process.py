@@ -1,6 +1,7 @@
 """The keeper: waits for the trainer's death, finishes what it had staged, and hands the memory to whoever restores.
 
-One thread, one loop. While it rescues it answers nobody: who restores waits for it, and that is what they should do.
+One loop. While it rescues it answers nobody: who restores waits for it, and that is what they should do. A thread
+beside it shows that it lives.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,11 +20,13 @@ from pathlib import Path
 from ciuic_async.keeper import wire
 from ciuic_async.keeper.held import HeldSlot
 from ciuic_async.keeper.rescue import Charge, Outcome, newest, rescue
+from ciuic_async.options import KEEPER
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 
 
 _LOOK_AGAIN_S = 1.0
+_PULSE_S = 2.0
 _PROBLEM_CHARS = 2000  # a packet has a limit
 _DEAF_TO = (
     # A terminal's, whatever they mean to the trainer; and what batch systems send to all processes of a job.
@@ -48,6 +52,7 @@ def main(trainer_pid: int, link_descriptor: int, listener_descriptor: int) -> No
     """
     for number in _DEAF_TO:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     link, listener = socket.socket(fileno=link_descriptor), socket.socket(fileno=listener_descriptor)
     listener.listen()  # again: from now on the address is this process's, for whoever asks the kernel
     link.setblocking(True)
@@ -57,6 +62,8 @@ def main(trainer_pid: int, link_descriptor: int, listener_descriptor: int) -> No
     keeper = _Keeper(trainer_pid, link, listener, hello)
     try:
         if keeper.watch():
+            # A daemon: what it touches may hang, and no end waits for that.
+            threading.Thread(target=keeper.show_life, name="ciuic-pulse", daemon=True).start()
             keeper.rescue()
             keeper.offer()
     except _Terminated:
@@ -161,8 +168,22 @@ class _Keeper:
                 held.pop(number, None)
                 os.close(self._slots.pop(number))
         del held
-        self._outcome = rescue(self._charge, chosen, self._tried)
+        self._attempt(chosen)
+
+    def _attempt(self, slot: HeldSlot | None) -> None:
+        """Try once. On a disk that hangs the kernel ends this process: nobody else here could."""
+        signal.setitimer(signal.ITIMER_REAL, KEEPER.attempt_s)
+        self._outcome = rescue(self._charge, slot, self._tried)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         _log(self._outcome)
+
+    def show_life(self) -> None:
+        """Touch the address again and again: who waits at it sees that this process is neither stopped nor stuck."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # what comes here would reach the loop all the same
+        while True:
+            with suppress(OSError):
+                os.utime(self._address)
+            time.sleep(_PULSE_S)
 
     def offer(self) -> None:
         """Give the memory to a restarted trainer, and try again what failed, until the grace time is over."""
@@ -179,12 +200,11 @@ class _Keeper:
             if now_s >= next_s:
                 # A commit is not broken off. Whoever said SIGTERM meanwhile is heard afterwards.
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-                self._outcome = rescue(self._charge, self._outcome.slot, self._tried)
-                _log(self._outcome)
+                self._attempt(self._outcome.slot)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
                 pause_s, tried_s = min(2 * pause_s, _LONGEST_PAUSE_S), time.monotonic()
                 continue
-            if select.select([self._listener], [], [], next_s - now_s)[0] and self._hand_over():
+            if wire.readable(self._listener.fileno(), next_s - now_s) and self._hand_over():
                 return
 
     def _hand_over(self) -> bool:

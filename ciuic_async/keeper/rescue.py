@@ -142,11 +142,17 @@ def _persist(chain: SnapshotChain, charge: Charge, slot: HeldSlot, handover: Han
 def _parent(chain: SnapshotChain, charge: Charge, handover: Handover) -> Parent | None:
     """What the snapshot came from: the trainer may have finished others after this one was staged."""
     lineage = handover.lineage
-    lines = live_snapshots(chain.target().log)
-    own = [line for line in lines if line.index >= lineage.since and line.entry.common.run == charge.run]
-    line = own[-1] if own else next((line for line in lines if line.entry.snapshot == lineage.parent), None)
-    if line is None:
-        return None if lineage.leaf_hash is None else Parent(str(lineage.parent), lineage.leaf_hash, {})
+    log = chain.target().log
+    name, leaf_hash = lineage.parent, lineage.leaf_hash
+    for index, entry in log.entries(lineage.since):
+        # One after the other: another checkpointer may write to the same chain object, and so to the same run.
+        if isinstance(entry, SnapshotEntry) and entry.common.run == charge.run and entry.parent == leaf_hash:
+            name, leaf_hash = entry.snapshot, log.leaf_hash(index)
+    if name is None or leaf_hash is None:
+        return None
+    line = next((line for line in live_snapshots(log) if line.leaf_hash == leaf_hash), None)
+    if line is None:  # pruned
+        return Parent(name, leaf_hash, {})
     try:
         places = resolve(chain.store, line.entry).locator.chunks
     except IntegrityError:  # a damaged parent: all is written anew

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
 import socket
 import stat
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,17 @@ def receive(link: socket.socket) -> tuple[Message | None, list[int]]:
         close_all(descriptors)
         return None, []
     return message, descriptors
+
+
+def readable(descriptor: int, timeout_s: float) -> bool:
+    """Whether there is something to read, or to accept, or a process has ended; waits for that.
+
+    Not ``select``, which knows no descriptors beyond 1023: trainers with many files open have them, and keepers inherit
+    such numbers.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
 
 
 def close_all(descriptors: Sequence[int]) -> None:

@@ -1,7 +1,8 @@
 """Does a snapshot fit live objects? Every difference is found before anything changes.
 
 Names are paired across wrappers, shapes and dtypes compared, entries that share memory must share it in the snapshot
-too, and optimizers and plain trees are looked into as far as their tensors are concerned.
+too, and optimizers and plain trees are looked into as far as their tensors are concerned. What a plain tree shares with
+something else now, and did not when it was saved, gets memory of its own: a ``best`` that begins as the model itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from ciuic_async.format.manifest import Manifest, Node, Tree
 REUSED_BYTES = 64 << 10
 """Smaller tensors are not worth looking at: their memory is found at once."""
 
+NOT_LOOKED_UP = -1
+
 
 @dataclass(slots=True)
 class Fit:
@@ -41,9 +44,10 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class LiveEntry:
-    """Memory that a module's entry occupies, and what the snapshot has for it.
+    """Memory that a module's entry, a plain tree's or an optimizer's tensor occupies, and what the snapshot has for it.
 
     ``low`` and ``high`` are addresses; ``saved_view`` looks into the stored tensor ``index``, its offset in bytes.
+    ``index`` of an optimizer's is ``NOT_LOOKED_UP``.
     """
 
     fit: Fit
@@ -53,25 +57,44 @@ class LiveEntry:
     high: int
     index: int
     saved_view: View
+    plain: bool = False
 
 
-def fit_object(
-    name: str, tree: Tree, target: Any, manifest: Manifest, problems: list[str], entries: list[LiveEntry]
-) -> Fit:
+@dataclass(slots=True)
+class Live:
+    """What is found of all objects' memory while they are compared with the snapshot.
+
+    ``twice``: by ``id`` the live tensors, arrays, dicts and lists of plain trees that are at several places for which
+    different things were saved, and whether they are filled already: only the first place may keep them.
+    """
+
+    entries: list[LiveEntry] = field(default_factory=list)
+    twice: dict[int, bool] = field(default_factory=dict)
+    places: dict[int, tuple[Any, Node]] = field(default_factory=dict)
+
+    def visit(self, live: Any, node: Node) -> None:
+        """A dict, list or array of a plain tree, and what was saved for this place."""
+        _, before = self.places.setdefault(id(live), (live, node))
+        if before is not node and before != node:
+            self.twice[id(live)] = False
+
+
+def fit_object(name: str, tree: Tree, target: Any, manifest: Manifest, problems: list[str], found_live: Live) -> Fit:
     """Compare one name with its live object without changing anything.
 
     Args:
         problems: differences are added here.
-        entries: the live memory of modules is added here, for ``drop_overlaps``.
+        found_live: the live memory is added here, for ``drop_overlaps``.
     """
     fit = Fit(name, tree)
     if not training.is_stateful(target):
-        problems += _plain_problems(name, tree.node, target, manifest)
+        problems += _plain_problems(name, tree.node, target, manifest, fit, found_live)
         return fit
     if isinstance(target, torch.optim.Optimizer):
         found = _optimizer_problems(name, tree.node, target)
         problems += found
         fit.fits = not found
+        found_live.entries += _optimizer_entries(fit, target)
     if not isinstance(target, torch.nn.Module):
         return fit
     items = state_dict_items(tree.node)
@@ -97,11 +120,13 @@ def fit_object(
             index, view, _, _ = tensor_node(node, manifest.tensors, path)
             if view is None and tensor.is_contiguous() and tensor.device.type in ("cpu", "cuda"):
                 fit.in_place[key] = (index, live[fit.names[key]])
-            entries += _live_entry(fit, key, live[fit.names[key]], index, view)
+            found_live.entries += _live_entry(fit, key, live[fit.names[key]], index, view)
     return fit
 
 
-def _live_entry(fit: Fit, key: str, tensor: torch.Tensor, index: int, view: View | None) -> list[LiveEntry]:
+def _live_entry(
+    fit: Fit, key: str, tensor: torch.Tensor, index: int, view: View | None, plain: bool = False
+) -> list[LiveEntry]:
     """The memory of one entry; none for one that has none."""
     low = 0 if training.unmaterialized(tensor) or not tensor.numel() else tensor.data_ptr()
     if not low:
@@ -110,20 +135,37 @@ def _live_entry(fit: Fit, key: str, tensor: torch.Tensor, index: int, view: View
         shape = tuple(tensor.shape)
         view = (str(tensor.dtype), shape, tuple(math.prod(shape[number + 1 :]) for number in range(len(shape))), 0)
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return [LiveEntry(fit, key, tensor, low, low + (last + 1) * tensor.element_size(), index, view)]
+    return [LiveEntry(fit, key, tensor, low, low + (last + 1) * tensor.element_size(), index, view, plain)]
 
 
-def drop_overlaps(entries: Sequence[LiveEntry]) -> list[str]:
+def _optimizer_entries(fit: Fit, optimizer: torch.optim.Optimizer) -> Iterator[LiveEntry]:
+    """The tensors of its state, which may be read into as they are (``reusable_state``)."""
+    for values_of_one in optimizer.state.values():
+        for value in values_of_one.values() if isinstance(values_of_one, dict) else ():
+            if type(value) is torch.Tensor:
+                yield from _live_entry(fit, "", value, NOT_LOOKED_UP, None)
+
+
+def drop_overlaps(live: Live) -> list[str]:
     """Take out of their fits the entries whose live memory is another's too, where the snapshot has two values for it.
 
-    The later one would overwrite a part of the earlier one, and both would look restored.
+    The later one would overwrite a part of the earlier one, and both would look restored. Plain trees are no problem:
+    there one of both gets new memory (``live.twice``).
     """
+    entries = live.entries
     bad: set[int] = set()
     around: list[int] = []  # entries that reach beyond where the current one begins
     for number in sorted(range(len(entries)), key=lambda number: entries[number].low):
         entry = entries[number]
         around = [other for other in around if entries[other].high > entry.low]
-        bad.update(max(number, other) for other in around if _contradict(entries[other], entry))
+        for other in around:
+            if not (entry.plain or entries[other].plain) and NOT_LOOKED_UP in (entry.index, entries[other].index):
+                continue
+            if _contradict(entries[other], entry):
+                if entry.plain or entries[other].plain:
+                    _part(live.twice, *(entries[each] for each in sorted((number, other))))
+                else:
+                    bad.add(max(number, other))
         around.append(number)
     for entry in (entries[number] for number in sorted(bad)):
         del entry.fit.names[entry.key]
@@ -133,6 +175,14 @@ def drop_overlaps(entries: Sequence[LiveEntry]) -> list[str]:
         "but not in the snapshot"
         for number in sorted(bad)
     ]
+
+
+def _part(twice: dict[int, bool], first: LiveEntry, second: LiveEntry) -> None:
+    """Let one of two entries that are one memory now, and were not when they were saved, have memory of its own."""
+    if first.plain and second.plain and first.tensor is second.tensor:
+        twice.setdefault(id(first.tensor), False)
+    else:
+        twice[id(second.tensor if second.plain else first.tensor)] = True
 
 
 def _contradict(one: LiveEntry, other: LiveEntry) -> bool:
@@ -172,7 +222,9 @@ def _share_elements(one: LiveEntry, other: LiveEntry) -> bool:
     return bool(used.as_strided(other.tensor.shape, other.tensor.stride(), (other.low - low) // size).any())
 
 
-def _plain_problems(path: str, node: Node, live: Any, manifest: Manifest, depth: int = 0) -> Iterator[str]:
+def _plain_problems(
+    path: str, node: Node, live: Any, manifest: Manifest, fit: Fit, found_live: Live, depth: int = 0
+) -> Iterator[str]:
     """Live tensors and arrays of a plain tree that the snapshot cannot fill where they are.
 
     Plain values are replaced by what was saved, and so is what lies in a set or deque: none of that is a difference.
@@ -182,11 +234,17 @@ def _plain_problems(path: str, node: Node, live: Any, manifest: Manifest, depth:
         problem = _tensor_problem(path, node, live, manifest, "the live state")
         if problem is not None:
             yield problem
+            return
+        index, view, _, _ = tensor_node(node, manifest.tensors, path)
+        found_live.entries += _live_entry(fit, path, live, index, view, plain=True)
     elif isinstance(live, np.ndarray):
+        found_live.visit(live, node)
         yield from _array_problem(path, node, live)
     elif depth < MAX_DEPTH:  # a deeper one, or one that contains itself, was never saved
+        if isinstance(live, dict | list):
+            found_live.visit(live, node)
         for key, value, saved in _paired(node, live):
-            yield from _plain_problems(f"{path}.{key}", saved, value, manifest, depth + 1)
+            yield from _plain_problems(f"{path}.{key}", saved, value, manifest, fit, found_live, depth + 1)
 
 
 def _array_problem(path: str, node: Node, live: np.ndarray[Any, Any]) -> Iterator[str]:

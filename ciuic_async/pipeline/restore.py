@@ -20,7 +20,7 @@ from ciuic_async.errors import IntegrityError, NotFoundError, StoreError, Target
 from ciuic_async.events import Listener
 from ciuic_async.format.manifest import SECTION_RNG, SECTION_STATE, TOP_DICT, Manifest, Node, StoredTensor, Tree, dotted
 from ciuic_async.pipeline.commit import Resolved
-from ciuic_async.pipeline.fit import Fit, LiveEntry, drop_overlaps, fit_object, reusable_state, state_dict_items
+from ciuic_async.pipeline.fit import Fit, Live, drop_overlaps, fit_object, reusable_state, state_dict_items
 from ciuic_async.pipeline.placement import read_tensors
 from ciuic_async.segments.scratch import prefer_huge_pages
 from ciuic_async.stores.base import Store
@@ -213,13 +213,11 @@ def restore_objects(
     saved = _saved_trees(resolved.manifest)
     problems = [f"{name}: not in the snapshot" for name in state if name not in saved]
     problems += [f"{name}: in the snapshot, but not in the state to restore" for name in saved if name not in state]
-    entries: list[LiveEntry] = []
+    live = Live()
     fits = [
-        fit_object(name, saved[name], state[name], resolved.manifest, problems, entries)
-        for name in state
-        if name in saved
+        fit_object(name, saved[name], state[name], resolved.manifest, problems, live) for name in state if name in saved
     ]
-    problems += drop_overlaps(entries)
+    problems += drop_overlaps(live)
     if problems and strict:
         listed = "\n  ".join(problems[:50]) + (f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else "")
         raise TargetMismatchError(
@@ -229,7 +227,7 @@ def restore_objects(
     _check_plain_values(store, resolved, fits, listener)
     _place_models(store, resolved, fits, listener)
     for fit in fits:
-        _load_rest(store, resolved, fit, state, strict, listener, problems)
+        _load_rest(store, resolved, fit, state, live, strict, listener, problems)
     if rng:
         problems += _restore_rng(store, resolved, listener)
     return Restored(tuple(problems))
@@ -286,6 +284,7 @@ def _load_rest(
     resolved: Resolved,
     fit: Fit,
     state: MutableMapping[str, Any],
+    live: Live,
     strict: bool,
     listener: Listener | None,
     problems: list[str],
@@ -301,7 +300,7 @@ def _load_rest(
     if not fit.by_name:
         value = loader.inflate([fit.tree.node], fit.name)[0]
         if not training.is_stateful(target):
-            _replace(state, fit.name, training.merge_plain(target, value))
+            _replace(state, fit.name, training.merge_plain(target, value, live.twice))
             return
         _load(target, value, fit.name, strict, problems)
         return

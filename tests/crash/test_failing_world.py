@@ -356,12 +356,12 @@ def test_nothing_is_told_of_a_disk_that_is_as_slow_as_ever(
         writer._tell_if_late()
         assert caplog.text == ""
         job.submitted_s = clock[0]
-        writer._under_way.append(job)
+        writer._under_way = job
         for later_s, count in ((WRITE.late_s, 0), (WRITE.late_factor * 100, 1), (WRITE.late_again_s, 1), (1100, 2)):
             clock[0] = job.submitted_s + later_s
             writer._tell_if_late()
             assert caplog.text.count("is not durable") == count
-        writer._under_way.clear()
+        writer._under_way = None
         monkeypatch.undo()
         run.close_and_check()
 

@@ -21,6 +21,7 @@ import torch
 
 from ciuic_async import Checkpointer, UsageError
 from ciuic_async.chain import SnapshotChain
+from ciuic_async.preemption import SIGNALS
 from tests.crash.faults import LONG
 
 TERMS = 20 if LONG else 5
@@ -265,6 +266,20 @@ def test_off_the_main_thread_it_is_refused(tmp_path: Path) -> None:
     thread.join()
     assert [error.kind for error in failures] == ["not_main_thread"]
     assert not (tmp_path / "chain").exists()
+
+
+def test_without_a_thread_no_handler_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system gives no thread that sees to the deadline, signals go where they went before."""
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError, match="new thread"):
+            _trainer(tmp_path / "chain", preemption=True)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def _run(code: str, chain: Path) -> int:

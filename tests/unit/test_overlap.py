@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ciuic_async import Checkpointer, CiuicWarning, PendingSnapshot, SaveFailedError, SnapshotChain
+from ciuic_async.background import BackgroundWriter
 from ciuic_async.staging.device import CpuDevice, Devices, Pending, Range, _Pieces
 from tests.strategies import fingerprint
 
@@ -665,6 +667,52 @@ def test_an_interrupt_while_handing_over_loses_no_slot(
         run.train()
         expected = run.fingerprint()
         assert _holds(run.ckpt.save(), expected)
+        run.ckpt.close()
+
+
+@pytest.mark.parametrize("staging", ["blocking", "overlap"])
+def test_an_interrupt_while_submitting_blocks_nobody(staging: str, tmp_path: Path) -> None:
+    """Ctrl-C at every point of ``submit`` before the writer has the snapshot, and right after: ``restore`` and
+    ``close`` do not wait for what never comes, and no slot is lost."""
+    code = BackgroundWriter.submit.__code__
+    lines = sorted({line for *_, line in code.co_lines() if line is not None and line > code.co_firstlineno})
+    # Not at the last one: between the line before and the call on it Python looks for no signal.
+    moments: list[int | str] = [*lines[1:-1], "return"]
+    assert len(moments) >= 5
+    run = Run(tmp_path / "chain", starved=False, staging=staging, busy_timeout_s=5.0, on_error="warn")
+    reached: list[int | str] = []
+
+    for moment in moments:
+
+        def interrupt(frame: FrameType, event: str, _: object, moment: int | str = moment) -> Any:
+            if frame.f_code is not code:
+                return None
+            if moment in (event, frame.f_lineno if event == "line" else None):
+                reached.append(moment)
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return interrupt
+
+        run.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            before = sys.gettrace()
+            sys.settrace(interrupt)
+            try:
+                with suppress(KeyboardInterrupt):
+                    run.ckpt.save()
+                    run.ckpt.flush()
+            finally:
+                sys.settrace(before)
+            run.ckpt._writer.wait_idle()
+    assert reached == moments
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.train()
+        expected = run.fingerprint()
+        assert _holds(run.ckpt.save(), expected)
+        run.ckpt.restore()
+        assert run.fingerprint() == expected
         run.ckpt.close()
 
 

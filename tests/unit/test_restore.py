@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -29,11 +30,14 @@ from ciuic_async import (
     StoreError,
     TargetMismatchError,
     UsageError,
+    native,
 )
 from ciuic_async.capture.tensors import empty
 from ciuic_async.format import layout
 from ciuic_async.pipeline.commit import Resolved
 from ciuic_async.pipeline.restore import load_tree
+from ciuic_async.transparency.keys import SigningKey
+from ciuic_async.transparency.slots import encode_slot
 from tests.strategies import fingerprint
 
 
@@ -280,6 +284,63 @@ def test_a_named_snapshot_never_falls_back(damage: Callable[[Path, str], None], 
         assert ckpt.restore("step:2") is not None
     with pytest.raises(IntegrityError):
         ciuic_async.load(chain)
+
+
+@pytest.mark.damages
+@pytest.mark.parametrize("core", [True, False], ids=["native", "plain"])
+def test_damage_never_reaches_a_live_model(core: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, which are filled in place, hold the older snapshot after a fallback, and not the flipped bit; by name
+    it is an error."""
+    if not core:
+        monkeypatch.setattr(native, "core", None)
+    chain, model = tmp_path / "chain", nn.Linear(300, 300)
+    with Checkpointer(chain, {"model": model}, codec="raw", rng=False) as ckpt:
+        for value in (1.0, 2.0):
+            model.weight.data.fill_(value)
+            newest = ckpt.save().wait_durable(30)
+    _flip(chain / layout.segment(newest.id, 0, 0), 200_000)
+    with Checkpointer(chain, {"model": model}, rng=False) as ckpt:
+        with pytest.raises(IntegrityError, match=r"model\.weight") as caught:
+            ckpt.restore(newest.id)
+        assert caught.value.kind == "digest_mismatch"
+        with pytest.warns(CiuicWarning, match=newest.id):
+            assert ckpt.restore() is not None
+        assert bool((model.weight == 1).all())
+
+
+def _fork(chain: Path, seen: Path) -> None:
+    """Put another history by the same key in place of the one that was seen."""
+    ciuic_async.save({"w": torch.full((5000,), 7.0)}, seen)
+    ciuic_async.save({"w": torch.full((5000,), 8.0)}, seen)
+    for folder in ("log", "segments", "manifests", "locators"):
+        shutil.rmtree(chain / folder)
+    shutil.copytree(seen, chain, dirs_exist_ok=True)
+
+
+def _forge(chain: Path, seen: Path) -> None:
+    """Append an entry that a key signed which the log does not know."""
+    with SnapshotChain(chain) as opened:
+        head = opened.target().log.refresh()
+        note = encode_slot(head, [opened.target().log.entry_bytes(1)], SigningKey.generate(), opened.origin)
+    (chain / layout.slot(head.size)).write_bytes(note)
+
+
+@pytest.mark.damages
+@pytest.mark.parametrize("attack", [_fork, _forge], ids=lambda f: f.__name__[1:])
+def test_latest_never_falls_back_over_a_fork_or_a_forgery(attack: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    """A history that is not the one seen before, or an entry by a stranger, is an error: no older snapshot is taken
+    for the newest one, and nothing is changed."""
+    chain, copied, weight = tmp_path / "chain", tmp_path / "copy", torch.zeros(5000)
+    _three(chain, weight)
+    shutil.copytree(chain, copied)
+    with Checkpointer(chain, {"w": weight}, rng=False) as ckpt:
+        ckpt.save().wait_durable(30)
+        weight.fill_(9)
+        attack(chain, copied)
+        with pytest.raises(IntegrityError) as caught:
+            ckpt.restore()
+    assert caught.value.kind in ("fork", "slot_mismatch", "signer_unknown")
+    assert weight.tolist() == [9.0] * 5000
 
 
 @pytest.mark.damages

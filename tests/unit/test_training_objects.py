@@ -430,6 +430,114 @@ def test_plain_trees_are_restored_where_they_are(tmp_path: Path) -> None:
     assert torch.equal(state["x"], torch.ones(3))
 
 
+def _one_tensor() -> dict[str, Any]:
+    weights = torch.zeros(2)
+    return {"weights": weights, "best": weights}
+
+
+def _one_tensor_in_views() -> dict[str, Any]:
+    weights = torch.zeros(4)
+    return {"all": {"weights": weights, "best": weights[1:3]}}
+
+
+def _the_model_itself() -> dict[str, Any]:
+    model = nn.Linear(2, 2)
+    return {"model": model, "extra": {"best": model.state_dict(), "parameter": model.bias}}
+
+
+def _one_dict() -> dict[str, Any]:
+    metrics = {"loss": [0]}
+    return {"metrics": metrics, "best": metrics}
+
+
+def _one_array() -> dict[str, Any]:
+    array = np.zeros(2)
+    return {"x": (array, [array])}
+
+
+def _the_optimizers_state() -> dict[str, Any]:
+    parameter = nn.Parameter(torch.zeros(200, 200))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return {"extra": {"m": optimizer.state[parameter]["exp_avg"]}, "optimizer": optimizer}
+
+
+def _parted(value: Any) -> Any:
+    """Copies, all with another content, of a plain tree that shared."""
+    if isinstance(value, torch.Tensor):
+        return torch.rand(value.shape)
+    if isinstance(value, np.ndarray):
+        return np.random.default_rng(int(torch.randint(1 << 30, ()))).random(value.shape)
+    if isinstance(value, dict):
+        return type(value)((key, _parted(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(map(_parted, value))
+    return int(torch.randint(1 << 30, ())) if isinstance(value, int) else value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_one_tensor, _one_tensor_in_views, _the_model_itself, _one_dict, _one_array, _the_optimizers_state],
+    ids=lambda make: make.__name__.removeprefix("_"),
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_shared_now_and_was_not_when_saved_is_parted(
+    make: Callable[[], dict[str, Any]], turned: bool, tmp_path: Path
+) -> None:
+    """A ``best`` begins as the current state itself, and is a copy by the time of the snapshot: restored into objects
+    that share again, each has what it had."""
+
+    def state() -> dict[str, Any]:
+        made = make()
+        return dict(reversed(made.items())) if turned else made
+
+    def values(value: Any) -> Any:
+        value = value.state_dict() if hasattr(value, "state_dict") else value
+        if isinstance(value, dict):
+            return {key: values(item) for key, item in value.items()}
+        return fingerprint(value)
+
+    saved = state()
+    for name, value in saved.items():
+        if not hasattr(value, "state_dict"):
+            saved[name] = _parted(value)
+    with Checkpointer(tmp_path / "chain", saved, rng=False) as ckpt:
+        ckpt.save()
+    live = state()
+    with Checkpointer(tmp_path / "chain", live, rng=False) as ckpt:
+        ckpt.restore()
+        assert values(live) == values(saved)
+
+
+def test_what_is_shared_now_and_was_when_saved_stays_shared(tmp_path: Path) -> None:
+    """Tensors, views, arrays and dicts that are at two places are filled where they are, at both."""
+    model, weights, array = nn.Linear(2, 2), torch.zeros(4), np.zeros(2)
+    metrics: dict[str, Any] = {"loss": 0}
+    state: dict[str, Any] = {
+        "model": model,
+        "best": model.state_dict(),
+        "w": [weights, weights, weights[1:3]],
+        "a": [array, array],
+        "d": [metrics, metrics],
+    }
+    metrics["inner"] = [array, weights]
+    before = [state["best"]["weight"], *state["w"], *state["a"], *state["d"]]
+    with Checkpointer(tmp_path / "chain", state, rng=False) as ckpt:
+        ckpt.save()
+        with torch.no_grad():
+            model.weight.fill_(7)
+        weights += 1
+        array += 1
+        metrics["loss"] = 1
+        ckpt.restore()
+    after = [state["best"]["weight"], *state["w"], *state["a"], *state["d"]]
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert (float(weights.sum()), float(array.sum()), metrics["loss"]) == (0.0, 0.0, 0)
+    assert torch.equal(state["best"]["weight"], model.weight)
+    assert not bool((model.weight == 7).any())
+
+
 class Pair(NamedTuple):
     """A named tuple of this module."""
 

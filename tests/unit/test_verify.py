@@ -11,6 +11,7 @@ import torch
 from ciuic_async import Checkpointer, KeepLatest, SnapshotChain
 from ciuic_async.events import Event, Listener
 from ciuic_async.format import layout
+from ciuic_async.pipeline.bases import Parent
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.verify import VerifyReport, verify_store
 
@@ -95,3 +96,26 @@ def test_missing_files_without_a_prune_are_problems(tmp_path: Path) -> None:
     report = _verify(path)
     assert [(problem.kind, problem.snapshot) for problem in report.problems] == [("missing", ids[1])]
     assert report.snapshots == 4
+
+
+@pytest.mark.damages
+def test_a_parent_that_is_no_snapshot_before_is_a_problem(tmp_path: Path) -> None:
+    """Whoever signs an entry can name any parent: one that the log does not have, or that is no snapshot, is told."""
+    weight = torch.zeros(5000)
+    with Checkpointer(tmp_path / "c", {"w": weight}, rng=False) as ckpt:
+        ckpt.save().wait_durable(30)
+        assert _verify(tmp_path / "c").ok
+        key_entry = ckpt.chain.target().log.leaf_hash(0)
+        for leaf_hash in (b"\x01" * 32, key_entry):
+            ckpt.flush()
+            ckpt._writer.wait_idle()
+            ckpt._writer.parent = Parent("0" * 20, leaf_hash, {})
+            weight += 1
+            ckpt.save().wait_durable(30)
+        ckpt.save().wait_durable(30)
+    report = _verify(tmp_path / "c")
+    assert [(problem.kind, problem.where) for problem in report.problems] == [
+        ("bad_history", "entry 2"),
+        ("bad_history", "entry 3"),
+    ]
+    assert "is no snapshot before it" in report.problems[0].message
