@@ -9,7 +9,7 @@ from ciuic_async.chain import SnapshotChain
 from ciuic_async.codecs.choose import encoder_for
 from ciuic_async.errors import CiuicError, CommitConflictError, IntegrityError
 from ciuic_async.format import layout
-from ciuic_async.format.entry import SnapshotEntry
+from ciuic_async.format.entry import RollbackEntry, SnapshotEntry
 from ciuic_async.keeper.held import HeldSlot
 from ciuic_async.pipeline.bases import Parent
 from ciuic_async.pipeline.commit import resolve
@@ -119,13 +119,23 @@ def _persist(chain: SnapshotChain, charge: Charge, slot: HeldSlot, handover: Han
     leaf_hash = parent.leaf_hash if parent else None
 
     def may_claim() -> None:
+        rolled_back: RollbackEntry | None = None
         for _, entry in target.log.entries(handover.lineage.since):
+            if isinstance(entry, RollbackEntry):
+                rolled_back = entry
+            elif isinstance(entry, SnapshotEntry) and parent is not None and entry.snapshot == parent.snapshot:
+                rolled_back = None  # it came before what the trainer made durable last
             if isinstance(entry, SnapshotEntry) and entry.common.run != charge.run and entry.parent == leaf_hash:
                 raise CommitConflictError(
                     f"training went on without it: snapshot {entry.snapshot} (step {entry.step}) of run "
                     f"{entry.common.run} comes from the same snapshot",
                     kind=_SUPERSEDED,
                 )
+        if rolled_back is not None:  # it would become the latest, against what somebody decided
+            raise CommitConflictError(
+                f"the chain was rolled back meanwhile ({rolled_back.reason[:200]!r}, {rolled_back.common.created})",
+                kind=_SUPERSEDED,
+            )
 
     may_claim()  # now, too: before all is written in vain
     # deadline_s: nobody is training here, so there is nothing to be patient for.

@@ -120,3 +120,28 @@ def test_the_keeper_stays_until_all_is_durable(tmp_path: Path) -> None:
     assert found == [False, False]
     with SnapshotChain(tmp_path / "chain", create=False) as chain:
         assert len(chain) == 2
+
+
+def test_a_rollback_is_not_undone_by_a_late_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody rolls the chain back after the trainer died: what it had staged is not added, and the target stays the
+    latest. A rollback that the trainer itself went on from is no hindrance."""
+    with (
+        SnapshotChain(tmp_path / "chain") as chain,
+        Checkpointer(chain, state_of(1), every_steps=1, keeper=True, rng=False) as ckpt,
+    ):
+        for _ in range(2):
+            pending = ckpt.step()
+            assert pending is not None
+            pending.wait_durable(60)
+        chain.rollback("step:1", "before")
+        pending = ckpt.step()  # training knows nothing of it, and its next snapshot is the latest
+        assert pending is not None
+        pending.wait_durable(60)
+        ckpt._writer.wait_idle()
+        assert _rescue(ckpt, 10, monkeypatch).problem is None
+        chain.rollback("step:2", "after")
+        outcome = _rescue(ckpt, 20, monkeypatch)
+        assert "rolled back" in str(outcome.problem)
+        latest = chain.latest()
+        assert latest is not None
+        assert latest.step == 2
