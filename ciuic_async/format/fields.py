@@ -63,12 +63,6 @@ class Fields:
     def array(self, name: str) -> list[Any]:
         return check_array(self.raw(name), f"{self.what}: field {name!r}")
 
-    def boolean(self, name: str) -> bool:
-        value = self.raw(name)
-        if not isinstance(value, bool):
-            raise malformed(self.what, f"field {name!r}: expected true or false, found {type(value).__name__}")
-        return value
-
     def integers(self, name: str, *, low: int = 0) -> tuple[int, ...]:
         where = f"{self.what}: field {name!r}"
         return tuple(check_integer(item, where, low=low) for item in self.array(name))

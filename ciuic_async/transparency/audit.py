@@ -230,17 +230,11 @@ class _Audit:
 
     def _check_tile(self, name: str) -> None:
         match = _TILE.fullmatch(name)
-        assert match is not None  # the name is known
+        assert match is not None  # the name is known, and the only one of this tile
         index = int(match[2].replace("x", "").replace("/", ""))
         width = int(match[3]) if match[3] else WIDTH
         is_bundle = match[1] == "entries"
         level = 0 if is_bundle else int(match[1])
-        canonical = None
-        if width < WIDTH or not match[3]:
-            canonical = layout.entry_bundle(index, width) if is_bundle else layout.tile(level, index, width)
-        if canonical != name:
-            self._problem("unknown_name", name, "no file of this format has this name")
-            return
         tile = Tile(level, index, width)
         if tile.end > len(self.raw):
             self._problem(

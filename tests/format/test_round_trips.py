@@ -177,6 +177,26 @@ def test_layout_tiles(level: int, index: int, width: int) -> None:
         assert int(partial or 256) == width
 
 
+@given(st.from_regex(r"log/tile/(entries|[0-9]{1,2})/(x[0-9]{3}/){0,2}[0-9]{3}(\.p/[0-9]{1,3})?", fullmatch=True))
+def test_layout_knows_one_name_of_each_tile(name: str) -> None:
+    """Whatever name of a tile is known is the very one that is written: no tile has two."""
+    if not layout.is_known(name):
+        return
+    path, _, partial = name.partition(".p/")
+    level, *groups = path.removeprefix("log/tile/").split("/")
+    index, width = int("".join(groups).replace("x", "")), int(partial or 256)
+    assert name == (layout.entry_bundle(index, width) if level == "entries" else layout.tile(int(level), index, width))
+
+
+@pytest.mark.parametrize("width", [-1, 0, 257])
+def test_no_tile_has_another_width(width: int) -> None:
+    """A tile has 1 to 256 hashes; a name for one of any other width is never made."""
+    with pytest.raises(ValueError, match="width"):
+        layout.tile(0, 0, width)
+    with pytest.raises(ValueError, match="width"):
+        layout.entry_bundle(0, width)
+
+
 def test_layout_tile_examples() -> None:
     """The examples of C2SP tlog-tiles."""
     assert layout.tile(0, 1234067) == "log/tile/0/x001/x234/067"

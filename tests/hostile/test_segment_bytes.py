@@ -190,6 +190,34 @@ def test_records_that_the_index_hides_are_found() -> None:
         check_segment(*_stored(_resealed(hidden + bytes(DIGEST_SIZE_BYTES))))
 
 
+def test_more_records_than_have_room_are_refused_before_the_index_is_read() -> None:
+    """A count of records that cannot lie before the index asks for no memory: the index is never read."""
+    line = segment.IndexEntry(digest(b"x"), segment.FILE_HEADER_BYTES, segment.RECORD_HEADER_BYTES, 0, 0)
+    head = segment.pack_file_header(SNAPSHOT, 0, 0)
+    content = head + segment.pack_tail(len(head), [line] * 200)
+    store, reference = _stored(content + bytes(DIGEST_SIZE_BYTES))
+    with pytest.raises(IntegrityError, match="200 records do not fit before 64") as caught:
+        check_segment(store, reference)
+    assert caught.value.kind == "bad_segment"
+
+
+@pytest.mark.parametrize(("gap_bytes", "says"), [(64, "where no writer puts it"), (4096, "4096 bytes between")])
+def test_records_apart_from_each_other_are_found(gap_bytes: int, says: str) -> None:
+    """Between records there is only the padding that a writer makes: no room to hide anything, not even zeros."""
+    record = _chunk(RAW[0])
+    at = segment.FILE_HEADER_BYTES + gap_bytes
+    body = segment.pack_file_header(SNAPSHOT, 0, 0) + bytes(gap_bytes) + record.header.pack()
+    header = record.header
+    line = segment.IndexEntry(header.digest, at, header.record_size_bytes, header.raw_size_bytes, header.codec)
+    digested = body
+    body += RAW[0]
+    tail = segment.pack_tail(len(body), [line])
+    store, reference = _stored(body + tail + digest(digested + tail))
+    with pytest.raises(IntegrityError, match=says) as caught:
+        check_segment(store, reference)
+    assert (caught.value.kind, caught.value.where) == ("bad_segment", PATH)
+
+
 @given(content=st.binary(max_size=6000), at=st.integers(0, len(SMALL)))
 def test_garbage_is_never_more_than_an_error(content: bytes, at: int) -> None:
     """Any bytes, alone or written over a segment: the check says no with a typed error, scanning ends."""

@@ -355,3 +355,5 @@ def test_invisible_writers_are_safe_with_blocking_staging(
             write(model.weight)
             assert model.weight._version == version, "this writer leaves a trace: overlap would find it"
             assert fingerprint(dict(pending.wait_durable(60).load()["model"])) == expected
+            written = fingerprint(copy.deepcopy(dict(model.state_dict())))
+            assert fingerprint(dict(ckpt.save().wait_durable(60).load()["model"])) == written, "no copy was skipped"

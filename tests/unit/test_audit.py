@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -231,3 +233,69 @@ def test_the_audit_writes_nothing(store: MemoryStore) -> None:
     assert list(audit(store, ORIGIN))
     assert list(store.list()) == before
     assert tiles.WIDTH == 256
+
+
+def test_bundles_that_do_not_give_the_signed_root_vouch_for_nothing(store: MemoryStore) -> None:
+    """With a slot gone, entries from a bundle that was changed are not taken: what follows is named as unproven."""
+    store.delete(layout.slot(201))
+    name = "log/tile/entries/001"
+    held = list(tiles.decode_bundle(store.read(name, 1 << 30), 256, name))
+    store.overwrite(name, tiles.encode_bundle([*held[:-1], line("forged")]))
+    found = audit_log(store, ORIGIN)
+    assert {layout.slot(201), layout.slot(401), name} <= names_of(found.problems)
+    assert len(found.entries) == 201
+
+
+class Vanishing(MemoryStore):
+    """A store in which a file goes, as if a writer deleted it, between being listed and being read."""
+
+    name = ""
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        if name == self.name:
+            self.delete(name)
+        return super().read(name, limit_bytes)
+
+
+@pytest.mark.parametrize("folder", ["log/tile/0", "log/tile/entries"])
+def test_a_partial_file_that_a_writer_deletes_meanwhile_is_no_problem(folder: str) -> None:
+    """A partial tile or bundle that goes while it is audited is no problem beside the full one, and one without."""
+    store = Vanishing()
+    log = add(store, *map(str, range(200)))
+    partial, full = f"{folder}/000.p/201", f"{folder}/000"
+    held = store.read(partial, 1 << 30)
+    log.append(lambda _: [line(str(number)) for number in range(200)], KEY, announce=announcement)
+    assert store.size(partial) is None
+    store.overwrite(partial, held)
+    assert audit_log(store, ORIGIN).problems == []
+    store.name = partial
+    assert audit_log(store, ORIGIN).problems == []
+    assert store.size(partial) is None
+    store.overwrite(partial, held)
+    store.delete(full)
+    assert names_of(audit_log(store, ORIGIN).problems) == {partial, full}
+
+
+def test_a_folder_in_place_of_a_tile_is_named(tmp_path: Path) -> None:
+    """What no listing shows and the head needs is named once, with what is there instead of a file."""
+    store = LocalStore(tmp_path / "chain")
+    store.initialize()
+    Log(store, ORIGIN).append(lambda _: [line("a")], KEY, announce=announcement)
+    for name in ("log/tile/0/000.p/2", "log/tile/entries/000.p/2"):
+        (tmp_path / "chain" / name).unlink()
+        (tmp_path / "chain" / name).mkdir()
+    problems = audit_log(store, ORIGIN).problems
+    assert sorted(problem.where for problem in problems) == ["log/tile/0/000.p/2", "log/tile/entries/000.p/2"]
+    assert all(problem.message for problem in problems)
+
+
+def test_a_key_of_a_later_kind_is_no_problem() -> None:
+    """A later version may announce a key that this one cannot check: nothing it signs counts, nothing is damaged."""
+    material = bytes([6]) + bytes(1312)
+    key_id = sha256(ORIGIN.encode() + b"\n" + material).hexdigest()[:8]
+    later = KeyEntry(COMMON, f"{ORIGIN}+{key_id}+{base64.b64encode(material).decode()}").encode()
+    store = MemoryStore()
+    Log(store, ORIGIN).append(lambda _: [later], KEY, announce=announcement)
+    found = audit_log(store, ORIGIN)
+    assert found.problems == []
+    assert [str(key) for key in found.keys.values()] == [KEY.vkey(ORIGIN)]

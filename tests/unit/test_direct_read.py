@@ -201,6 +201,14 @@ def test_buffers_are_aligned_and_keep_their_bytes(size_bytes: int) -> None:
     assert view == b"\x01" * size_bytes
 
 
+def test_more_memory_than_there_can_be_is_a_memory_error() -> None:
+    """A buffer that cannot be had says how large it was to be; a smaller one is to be had afterwards."""
+    memory = AlignedMemory()
+    with pytest.raises(MemoryError, match=str(1 << 60)):
+        memory.take(1 << 60)
+    assert len(memory.take(100)) == 100
+
+
 @pytest.mark.parametrize(("size_bytes", "expected"), [(5000, {"dc"}), (4 << 20, {"dc", "hg"})])
 def test_buffers_stay_out_of_forks(size_bytes: int, expected: set[str]) -> None:
     """A direct read and a fork at the same time may part a page from its bytes: children get no such memory (``dc``).

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -171,3 +175,110 @@ def test_a_key_does_not_show_its_secret() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert key.sign("a", "text\n") == key.sign("a", "text\n")
+
+
+def test_without_a_home_there_is_a_key_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home folder has no key file: looking finds none, signing warns and signs all the same."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    monkeypatch.setenv("HOME", "relative")
+    assert keys.find(None, chain_folder=None) is None
+    with pytest.warns(CiuicWarning, match="no home folder.*kept in memory"):
+        assert keys.load_or_create(None, chain_folder=None).path is None
+
+
+def test_a_relative_xdg_folder_counts_as_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the XDG specification asks: the key is looked for in ~/.config, not below wherever the process runs."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    key = keys.load_or_create(None, chain_folder=None)
+    assert key.path == str(tmp_path / "home" / ".config" / "ciuic_async" / "keys" / "ed25519.key")
+    assert same(keys.find(None, chain_folder=None), key)
+
+
+def test_the_users_own_key_is_refused_like_any_other(home: Path) -> None:
+    """A user's key that others can read is an error, and never quietly replaced by one in memory."""
+    path = keys.load_or_create(None, chain_folder=None).path
+    assert path is not None
+    os.chmod(path, 0o644)
+    for call in (keys.load_or_create, keys.find):
+        with pytest.raises(UsageError) as caught:
+            call(None, chain_folder=None)
+        assert caught.value.kind == "key_exposed"
+
+
+def test_looking_for_a_secret_that_is_given_finds_it() -> None:
+    """A secret needs no file: looking gives the same key as making."""
+    assert same(keys.find(SECRET, chain_folder=None), keys.load_or_create(SECRET, chain_folder=None))
+
+
+@pytest.mark.parametrize("explicit", ["", "a\0b"])
+def test_what_can_be_no_path_is_refused(explicit: str) -> None:
+    """An empty text and one with a NUL name no file and are no secret."""
+    for call in (keys.load_or_create, keys.find):
+        with pytest.raises(UsageError) as caught:
+            call(explicit, chain_folder=None)
+        assert caught.value.kind == "key_malformed"
+
+
+@pytest.fixture
+def strangers_folder() -> Iterator[Path]:
+    """A folder of a user who owns nothing else, with that user's rights: no mode keeps root out, as whom tests may run.
+
+    Not below ``tmp_path``, which others cannot reach.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ciuic-stranger-"))
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        yield folder
+    finally:
+        if is_root:
+            os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+def test_a_closed_home_is_no_home(strangers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In somebody else's home folder, as in containers, nothing is found, and a key in memory signs."""
+    closed = strangers_folder / "closed"
+    closed.mkdir(mode=0)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(closed))
+    assert keys.find(None, chain_folder=None) is None
+    with pytest.warns(CiuicWarning, match="kept in memory"):
+        assert keys.load_or_create(None, chain_folder=None).path is None
+    with pytest.raises(UsageError) as caught:
+        keys.find(closed / "key", chain_folder=None)  # one that was named is not passed over
+    assert caught.value.kind == "key_unreadable"
+    closed.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_listed_takes_a_key(strangers_folder: Path) -> None:
+    """A folder that may be written but not opened cannot be synced; the key is made there all the same."""
+    blind = strangers_folder / "blind"
+    blind.mkdir(mode=0o300)
+    key = keys.load_or_create(blind / "key", chain_folder=None)
+    assert same(keys.find(blind / "key", chain_folder=None), key)
+    blind.chmod(0o700)
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_synced(
+    number: int, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that syncs no folders is no error; one whose disk fails is, for the key might not last."""
+    sync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if fails:
+        with pytest.raises(UsageError) as caught:
+            keys.load_or_create(tmp_path / "key", chain_folder=None)
+        assert caught.value.kind == "key_not_writable"
+    else:
+        made = keys.load_or_create(tmp_path / "key", chain_folder=None)
+        assert same(keys.find(tmp_path / "key", chain_folder=None), made)

@@ -326,12 +326,16 @@ def test_a_lost_race_builds_again_and_ends(store: Flaky, key: SigningKey) -> Non
     assert seen == [2, 3]
     assert texts(log) == ["first", "rival", "mine"]
 
+    tried: list[int] = []
+
     def always(view: Log) -> Sequence[bytes]:
+        tried.append(len(view))
         add(rival, key, f"rival {len(view)}")
         return [line("never")]
 
     with pytest.raises(CommitConflictError):
         log.append(always, key, announce=announcement(key), attempts=3)
+    assert tried == [4, 5, 6]
     log.refresh()
     assert "never" not in texts(log)
 

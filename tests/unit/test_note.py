@@ -218,3 +218,51 @@ def test_a_witness_key_cannot_sign_for_a_log() -> None:
     origin = "ciuic.dev/chain/" + "0f" * 16
     announcement = KeyEntry(COMMON, SigningKey.generate().cosigner(origin)).encode()
     assert slots.announced_keys(origin, [announcement]) == {}
+
+
+def test_a_vkey_of_another_length_is_refused() -> None:
+    """An Ed25519 key has 32 bytes, however right the key ID over fewer or more of them is."""
+    for size in (0, 31, 33):
+        material = bytes([note.ED25519]) + bytes(size)
+        key_id = hashlib.sha256(b"name\n" + material).hexdigest()[:8]
+        with pytest.raises(IntegrityError) as caught:
+            note.parse_vkey(f"name+{key_id}+{base64.b64encode(material).decode()}")
+        assert caught.value.kind == "vkey_malformed"
+        assert "expected 32" in str(caught.value)
+
+
+def test_a_note_beyond_the_limit_is_refused_unparsed() -> None:
+    """One byte more than the limit, and a good note is none."""
+    key = SigningKey.generate()
+    room = note.LIMIT_BYTES - len(key.sign("a", "\n").encode())
+    largest = key.sign("a", "x" * room + "\n").encode()
+    assert len(note.verify(largest, known(key.vkey("a")), "note").text) == room + 1
+    with pytest.raises(IntegrityError, match="at most") as caught:
+        note.parse(key.sign("a", "x" * (room + 1) + "\n").encode(), "note")
+    assert caught.value.kind == "note_malformed"
+
+
+GOOD_ROOT = base64.b64encode(ROOT).decode()
+
+
+@pytest.mark.parametrize(
+    ("after", "content"),
+    [
+        ("before 7 " + GOOD_ROOT, "sha256 " + "0" * 64),
+        ("after 7", "sha256 " + "0" * 64),
+        ("after 7 " + GOOD_ROOT + " more", "sha256 " + "0" * 64),
+        ("after 07 " + GOOD_ROOT, "sha256 " + "0" * 64),
+        ("after 7 AAAA", "sha256 " + "0" * 64),
+        ("after 7 !", "sha256 " + "0" * 64),
+        ("after 7 " + GOOD_ROOT, "sha512 " + "0" * 64),
+        ("after 7 " + GOOD_ROOT, "sha256 " + "0" * 63),
+        ("after 7 " + GOOD_ROOT, "sha256 " + "A" * 64),
+        ("after 7 " + GOOD_ROOT, "sha256"),
+    ],
+)
+def test_malformed_proposals_are_refused(after: str, content: str) -> None:
+    """Each of a proposal's words is looked at: nothing but exactly a proposal is one."""
+    assert note.parse_proposal(f"{note.PROPOSAL}\nafter 7 {GOOD_ROOT}\nsha256 {'0' * 64}\n", "slot")[0] == 7
+    with pytest.raises(IntegrityError) as caught:
+        note.parse_proposal(f"{note.PROPOSAL}\n{after}\n{content}\n", "slot")
+    assert caught.value.kind == "slot_malformed"

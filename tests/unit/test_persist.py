@@ -67,14 +67,39 @@ def test_training_may_change_everything_as_soon_as_save_returns(
     assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"], moment)
 
 
+def test_each_kind_of_file_is_published_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments, then manifest and locator, then the slot, then tiles, then the log head: whoever sees a name finds all
+    that it refers to."""
+    state = {"w": torch.randn(30_000)}
+    published: list[str] = []
+    publish = LocalStore._publish
+
+    def recorded(store: LocalStore, files: Sequence[Any], *, replace: bool) -> None:
+        publish(store, files, replace=replace)
+        published.extend(file.name for file in files)
+
+    with Checkpointer(tmp_path / "chain", state, rng=False) as ckpt:
+        ckpt.save().wait_durable(30)
+        monkeypatch.setattr(LocalStore, "_publish", recorded)
+        state["w"] = torch.randn(30_000)
+        ckpt.save()
+    kinds = ["/".join(name.split("/")[: 2 if name.startswith("log/") else 1]) for name in published]
+    assert list(dict.fromkeys(kinds)) == [
+        "segments", "manifests", "locators", "log/commit", "log/tile", "log/checkpoint"
+    ]  # fmt: skip
+    assert kinds == sorted(kinds, key=list(dict.fromkeys(kinds)).index), "each kind is complete before the next"
+
+
 def test_storages_may_be_replaced_between_snapshots(tmp_path: Path) -> None:
     """Nothing is remembered of where a tensor lay: ``.data =`` swaps, a new optimizer state and ``load_state_dict``."""
     model = torch.nn.Linear(64, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = []  # kept alive, so that nothing new comes to lie where something old was
     with Checkpointer(tmp_path / "chain", {"model": model, "optimizer": optimizer}) as ckpt:
         for number in range(4):
             model(torch.randn(8, 64)).square().mean().backward()
             optimizer.step()
+            before += [model.weight.detach(), optimizer.state[model.weight]["momentum_buffer"]]
             model.weight.data = torch.full((64, 64), float(number))
             optimizer.load_state_dict(optimizer.state_dict())
             momentum = optimizer.state[model.weight]["momentum_buffer"].clone()

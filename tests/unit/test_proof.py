@@ -84,3 +84,12 @@ def test_a_tree_that_shrank_is_refused() -> None:
         proof.make_consistency(3, 2, subtree_of([]))
     with pytest.raises(IntegrityError):
         proof.check_consistency(3, 2, merkle.EMPTY_ROOT, merkle.EMPTY_ROOT, [])
+
+
+def test_an_empty_proof_shows_nothing() -> None:
+    """Between two sizes that differ an empty path is too short, whether or not the old tree is perfect."""
+    hashes = [merkle.leaf_hash(bytes([number])) for number in range(9)]
+    for old in range(1, 9):
+        with pytest.raises(IntegrityError) as caught:
+            proof.check_consistency(old, 9, merkle.root(hashes[:old]), merkle.root(hashes), [])
+        assert caught.value.kind == "proof_invalid"

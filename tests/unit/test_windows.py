@@ -14,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ciuic_async import Checkpointer, CiuicWarning, PendingSnapshot, SnapshotChain, StoreError
+from ciuic_async import Checkpointer, CiuicWarning, PendingSnapshot, SaveFailedError, SnapshotChain, StoreError
 from ciuic_async.capture.state_tree import flatten
 from ciuic_async.handoffs import PlannedChunk
 from ciuic_async.options import STAGING
+from ciuic_async.pipeline.capture_stage import WindowQueue, stage_windows
+from ciuic_async.staging.budget import SlotPlan
 from ciuic_async.staging.device import Devices
+from ciuic_async.staging.slots import Slot, SlotPool
 from ciuic_async.staging.stager import stage, windows
 from ciuic_async.stores.base import Unpublished
 from ciuic_async.stores.local import LocalStore
@@ -162,3 +165,77 @@ def test_peak_memory_is_bounded(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 80 << 20
+
+
+@pytest.mark.parametrize("gives_up", ["before a window is copied", "while one is copied"])
+def test_a_writer_that_gives_up_gets_no_further_window(gives_up: str) -> None:
+    """Whenever the writer ends, staging ends with an error and every slot is back in the pool, none of them twice."""
+    pool = SlotPool()
+    captured = flatten([torch.ones(50_000) for _ in range(4)], chunk_size_bytes=1 << 16)
+    plan = SlotPlan(2, 1 << 17, windowed=True)
+    output = WindowQueue(whole=False)
+    first = pool.acquire(plan, 0, 0.0)
+    assert first is not None
+    marked: list[int] = []
+
+    def mark(slot: Slot) -> None:
+        marked.append(slot.sequence)
+        if gives_up == "while one is copied":
+            output.release_all(pool)
+
+    if gives_up == "before a window is copied":
+        output.release_all(pool)
+    with pytest.raises(SaveFailedError) as caught:
+        stage_windows(captured, plan, pool, Devices(), output, first=first, timeout_s=0.0, mark=mark)
+    assert caught.value.kind == "writer_failed"
+    assert len(marked) == (gives_up == "while one is copied")
+    slots = [pool.acquire(plan, 0, 0.0) for _ in range(3)]
+    assert len({id(slot) for slot in slots[:2]}) == 2
+    assert slots[2] is None, "no more than the plan's two slots, so none was handed back twice"
+    for slot in slots[:2]:
+        assert slot is not None
+        pool.release(slot)
+    pool.close()
+
+
+def test_a_writer_that_frees_no_memory_is_waited_for_so_long() -> None:
+    """Staging ends with an error that says what to do; the writer gets the windows so far, and then that error."""
+    pool = SlotPool()
+    captured = flatten([torch.ones(50_000) for _ in range(4)], chunk_size_bytes=1 << 16)
+    plan = SlotPlan(1, 1 << 18, windowed=True)
+    output = WindowQueue(whole=False)
+    first = pool.acquire(plan, 0, 0.0)
+    assert first is not None
+    with pytest.raises(SaveFailedError, match="raise host_memory_bytes") as caught:
+        stage_windows(captured, plan, pool, Devices(), output, first=first, timeout_s=0.0, mark=lambda slot: None)
+    assert caught.value.kind == "staging_timeout"
+    output.abandon(caught.value)
+    found = iter(output)
+    assert next(found).base == 0
+    with pytest.raises(SaveFailedError) as again:
+        next(found)
+    assert again.value is caught.value
+    output.release_all(pool)
+    assert pool.acquire(plan, 0, 0.0) is first
+    pool.release(first)
+    pool.close()
+
+
+def test_a_window_is_released_once() -> None:
+    """A window whose slot went back already takes nobody else's slot away."""
+    pool = SlotPool()
+    captured = flatten([torch.ones(50_000)], chunk_size_bytes=1 << 16)
+    plan = SlotPlan(1, 1 << 18, windowed=False)
+    output = WindowQueue(whole=True)
+    slot = pool.acquire(plan, 0, 0.0)
+    assert slot is not None
+    stage_windows(captured, plan, pool, Devices(), output, first=slot, timeout_s=0.0, mark=lambda slot: None)
+    output.end()
+    (window,) = output
+    output.release(pool, window)
+    again = pool.acquire(plan, 0, 0.0)
+    assert again is slot
+    output.release(pool, window)
+    assert pool.acquire(plan, 0, 0.0) is None, "it is in use"
+    pool.release(again)
+    pool.close()
