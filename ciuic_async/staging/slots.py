@@ -30,6 +30,9 @@ from ciuic_async.staging.device import Device
 from ciuic_async.staging.retained import Retained
 from ciuic_async.staging.slot_header import DURABLE, FILLING, FREE, PAGE_BYTES, STAGED, SlotHeader, set_state
 
+HEADROOM_PART = 8
+"""A slot's mapping is longer than its payload by this part of it."""
+
 __all__ = ["Holder", "Slot", "SlotPool", "out_of_memory"]
 
 
@@ -56,7 +59,7 @@ class Slot:
         self._description_capacity = 0
         self._plan = b""
         self._pinned: Device | None = None
-        self.touched = False
+        self._touched_bytes = 0
         self.retained: Retained | None = None
         try:
             self.resize(size_bytes)
@@ -66,27 +69,36 @@ class Slot:
 
     def resize(self, size_bytes: int, description_bytes: int = PAGE_BYTES) -> None:
         """Grow the payload to ``size_bytes``. Its content is lost, as are views of it. Never shrinks."""
-        if size_bytes <= self.size_bytes and description_bytes <= self._description_capacity:
+        size_bytes = max(self.size_bytes, align_up(size_bytes, PAGE_BYTES))
+        fits = description_bytes <= self._description_capacity
+        if size_bytes == self.size_bytes and fits:
+            return
+        if self._map is not None and fits and self._payload_at + size_bytes <= len(self._map):
+            self._unpin()
+            self.size_bytes = size_bytes
             return
         self._unmap()
         self._description_capacity = align_up(max(description_bytes, self._description_capacity), PAGE_BYTES)
         self._plan = b""
-        self.size_bytes = max(self.size_bytes, align_up(size_bytes, PAGE_BYTES))
+        self.size_bytes = size_bytes
         self._payload_at = PAGE_BYTES + self._description_capacity
-        total = self._payload_at + self.size_bytes
+        # What lies behind the payload is no memory until it is touched. A state that holds a list of all losses grows
+        # at every snapshot, and finding its memory anew takes several times as long as copying it.
+        total = self._payload_at + align_up(size_bytes + size_bytes // HEADROOM_PART, PAGE_BYTES)
         try:
             os.ftruncate(self._fd, 0)  # give the old pages back before asking for new ones
             os.ftruncate(self._fd, total)
             self._map = mmap.mmap(self._fd, total, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
             self.size_bytes = 0
+            self._touched_bytes = 0
             raise StoreError(
                 f"cannot map {total} bytes of host memory for staging: {error}; lower host_memory_bytes",
                 kind="out_of_memory",
             ) from error
         with suppress(OSError):
             self._map.madvise(mmap.MADV_DONTFORK)
-        self.touched = False
+        self._touched_bytes = 0
 
     @property
     def address(self) -> int:
@@ -98,7 +110,7 @@ class Slot:
     def memory(self) -> memoryview:
         """The payload, read-only."""
         assert self._map is not None
-        return memoryview(self._map)[self._payload_at :].toreadonly()
+        return memoryview(self._map)[self._payload_at :][: self.size_bytes].toreadonly()
 
     def payload(self) -> torch.Tensor:
         """The payload as a writable 1-D uint8 tensor."""
@@ -109,13 +121,19 @@ class Slot:
         """Fault every page in and pin the memory: once, so that no snapshot pays for it. Keeps the content."""
         if self.touched:
             return
+        start = self._touched_bytes
         if native.core is not None:
-            native.core.touch(self.address, self.size_bytes)
+            native.core.touch(self.address + start, self.size_bytes - start)
         else:
-            pages = np.frombuffer(self._map, dtype=np.uint8)[self._payload_at :: PAGE_BYTES]  # type: ignore[arg-type]
+            pages = self.payload().numpy()[start::PAGE_BYTES]
             pages |= 0
         self._pinned = device if device.pin(self.payload()) else None
-        self.touched = True
+        self._touched_bytes = self.size_bytes
+
+    @property
+    def touched(self) -> bool:
+        """Whether every page of the payload is there."""
+        return self._touched_bytes == self.size_bytes
 
     def mark(self, state: int) -> None:
         """Change what it says of its state, and nothing else."""
@@ -171,15 +189,18 @@ class Slot:
         """Remove the mapping; False when a view keeps it alive."""
         if self._map is None:
             return True
-        if self._pinned is not None:
-            self._pinned.unpin(self.payload())
-            self._pinned = None
+        self._unpin()
         mapping, self._map = self._map, None
         try:
             mapping.close()
         except BufferError:  # a view still lives; the mapping goes with it
             return False
         return True
+
+    def _unpin(self) -> None:
+        if self._pinned is not None:
+            self._pinned.unpin(self.payload())
+            self._pinned = None
 
 
 class SlotPool:
