@@ -1,6 +1,6 @@
 """Verifiers that are not ours accept our log, of every size at which tiles begin or end, and refuse a changed one.
 
-Sizes up to 1,000; up to 70,000 with ``CIUIC_CHAIN_LONG=1`` (``make test-chain``). ``walker.py`` always runs; openssl,
+Sizes up to 1,000; up to 70,000 with ``CIUIC_CRASH_LONG=1`` (``make test-chain``). ``walker.py`` always runs; openssl,
 pymerkle, sigstore and Go's own packages where they are installed.
 """
 
@@ -30,8 +30,8 @@ from ciuic_async.transparency.keys import SigningKey
 from tests.chain import walker
 from tests.chain.logs import ORIGIN, Grown, grow_in_steps
 from tests.chain.walker import RefusedError
+from tests.crash.faults import LONG
 
-LONG = os.environ.get("CIUIC_CHAIN_LONG") == "1"
 SHORT_SIZES = [1, 2, 255, 256, 257, 300, 511, 512, 513, 1000]
 SIZES = [*SHORT_SIZES, *([65_535, 65_536, 65_537, 70_000] if LONG else [])]
 PATH_SAMPLES = 40
