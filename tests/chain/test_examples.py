@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "chain.md").read_text()
-BLOCK = re.compile(r"(?:<!-- (test|run|trust): (\w+) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
-KINDS = ("test", "run")
+BLOCK = re.compile(r"(?:<!-- (run|trust): (\w+) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
+KINDS = ("run",)
 NEEDED = ("bash", "jq", "sha256sum", "openssl")
 
 
@@ -37,7 +37,8 @@ def command_line(folder: Path) -> Path:
 
 def script(chosen: list[tuple[str, str]]) -> str:
     """One program of all blocks: shells share their variables, and the first command that fails ends it."""
-    parts = ["set -euo pipefail"]
+    # Whatever an example leaves running in the background ends with it.
+    parts = ["set -euo pipefail", "trap 'kill $(jobs -p) 2> /dev/null || true' EXIT"]
     for language, text in chosen:
         if language == "sh":
             parts.append(text)

@@ -1,6 +1,6 @@
 """Four processes write to one chain on disk and are killed at random moments: one history, and nothing lost.
 
-6 seconds of it, or 3 minutes with ``CIUIC_CRASH_LONG=1``.
+4 seconds of it, or 3 minutes with ``CIUIC_CRASH_LONG=1``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ciuic_async.transparency.keys import SigningKey
 from tests.chain import walker
 from tests.crash.faults import LONG, ROOT
 
-DURATION_S = 180.0 if LONG else 6.0
+DURATION_S = 180.0 if LONG else 4.0
 WRITERS = {"a": "remark", "b": "remark", "c": "train", "d": "train"}
 DEADLINE_S = 60.0
 
@@ -125,7 +125,7 @@ def name_of(data: bytes) -> str | None:
 def test_writers_that_are_killed_make_one_history(tmp_path: Path) -> None:
     """What was acknowledged is at its index, once; no index went to two; the audit and the walker accept all."""
     crowd = run(tmp_path / "chain", tmp_path / "home" / "state")
-    assert crowd.kills >= 10
+    assert crowd.kills >= 8
     assert {name for name, _, _ in crowd.acknowledged} == set(WRITERS), "each writer got through"
     with SnapshotChain(tmp_path / "chain") as chain:
         chain.note("the last writer rolls forward what the dead left")
