@@ -203,6 +203,16 @@ def scaling(result: Mapping[str, Any]) -> Iterator[Figure]:
     yield made
 
 
+def chain(result: Mapping[str, Any]) -> Iterator[Figure]:
+    """What is asked of the store at the end of a short and of a long log."""
+    growth = result["growth"]
+    short, long = result["entries"]
+    names = [f"{name}, {size:,} entries" for name in growth for size in (short, long)]
+    made, (axes,) = figure(len(names))
+    bars(axes, names, [growth[name][size]["operations"] for name in growth for size in ("short", "long")], "operations")
+    yield made
+
+
 def kernels(result: Mapping[str, Any]) -> Iterator[Figure]:
     names = list(result["kernels"])
     made, (axes,) = figure(len(names))
@@ -222,4 +232,5 @@ DRAWN: dict[str, Callable[[Mapping[str, Any]], Iterator[Figure]]] = {
     "memory": memory,
     "scaling": scaling,
     "kernels": kernels,
+    "chain": chain,
 }

@@ -29,6 +29,7 @@ QUESTIONS: dict[str, tuple[str, list[str]]] = {
     "memory": ("memory", ["--contenders", "ciuic-async"]),
     "scaling": ("scaling", FEW),
     "kernels": ("kernels", []),
+    "chain": ("chain", []),
     "crash": ("crash", ["--contenders", "ciuic-async", "torch.save"]),
 }
 
