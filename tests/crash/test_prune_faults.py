@@ -6,14 +6,16 @@ where an undisturbed one ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 import torch
 
 import ciuic_async
-from ciuic_async import Checkpointer, KeepLatest, SaveFailedError, SnapshotChain
+from ciuic_async import Checkpointer, KeepLatest, PendingSnapshot, SaveFailedError, SnapshotChain
 from ciuic_async import chain as chain_module
 from ciuic_async.errors import StoreError
 from ciuic_async.format import layout
@@ -37,18 +39,29 @@ class DyingStore(FaultyStore):
         return real(*args)
 
 
-class SharedStore(FaultyStore):
-    """Somebody else does something right before the ``at``-th call."""
+class InterruptedStore(FaultyStore):
+    """``meanwhile`` is called right before the ``at``-th call; calls under the store's lock do not count."""
 
-    def __init__(self, inner: MemoryStore, at: int | None = None) -> None:
-        super().__init__(inner, at)
+    def __init__(self, inner: MemoryStore) -> None:
+        super().__init__(inner)
         self.meanwhile: Callable[[], object] = lambda: None
+        self._locked = False
 
     def call(self, what: str, real: Callable[..., Any], *args: Any) -> Any:
-        self.calls.append(what)
-        if len(self.calls) == self.at:
-            self.meanwhile()
+        if not self._locked:
+            self.calls.append(what)
+            if len(self.calls) == self.at:
+                self.meanwhile()
         return real(*args)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        with self.inner.lock():
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
 
 class Places:
@@ -90,11 +103,17 @@ class Training:
 
     def save(self) -> None:
         """Raises SaveFailedError."""
+        self.finish(self.begin())
+
+    def finish(self, pending: PendingSnapshot) -> None:
+        """Wait for it. Raises SaveFailedError."""
+        self.saved[pending.wait_durable(60).id] = {name: tensor.clone() for name, tensor in self.state.items()}
+
+    def begin(self) -> PendingSnapshot:
         self.steps += 1
         self.state["weights"].mul_(1 + 1e-6)
         self.state["noise"] = torch.randn(80_000, generator=torch.Generator().manual_seed(100 + self.steps))
-        captured = {name: tensor.clone() for name, tensor in self.state.items()}
-        self.saved[self.checkpointer.save().wait_durable(30).id] = captured
+        return self.checkpointer.save()
 
 
 @pytest.fixture
@@ -170,12 +189,12 @@ def test_somebody_may_save_at_any_moment_of_a_prune(
 ) -> None:
     """A whole save by another process, which leans on the latest, between any two calls of the pruner."""
     store, saved = finished
-    clean = SharedStore(copy_of(store))
+    clean = InterruptedStore(copy_of(store))
     undisturbed = places.open(clean)
     clean.calls.clear()
     undisturbed.prune(KeepLatest(KEPT))
     for position in spread(len(clean.calls), 20):
-        shared = SharedStore(copy_of(store), None)
+        shared = InterruptedStore(copy_of(store))
         chain, other = places.open(shared), places.open(shared.inner)
         shared.calls.clear()
         shared.at = position
@@ -194,10 +213,10 @@ def test_somebody_may_save_at_any_moment_of_a_prune(
 def test_somebody_may_prune_at_any_moment_of_a_save(places: Places, then: str) -> None:
     """A whole prune by another process between any two calls of a training's save: all that is durable is whole, and of
     all saves at most one fails."""
-    shared = SharedStore(MemoryStore())
+    shared = InterruptedStore(MemoryStore())
     count = _interrupted_save(places, shared, None, then)
     for position in spread(count, 14):
-        shared = SharedStore(MemoryStore())
+        shared = InterruptedStore(MemoryStore())
         try:
             _interrupted_save(places, shared, position, then)
         except BaseException as error:
@@ -205,7 +224,7 @@ def test_somebody_may_prune_at_any_moment_of_a_save(places: Places, then: str) -
             raise
 
 
-def _interrupted_save(places: Places, shared: SharedStore, position: int | None, then: str) -> int:
+def _interrupted_save(places: Places, shared: InterruptedStore, position: int | None, then: str) -> int:
     """Three saves, a fourth during which somebody prunes, a fifth; the number of calls of the fourth."""
     training = Training(places.open(shared))
     other = places.open(shared.inner)
@@ -234,10 +253,69 @@ def _interrupted_save(places: Places, shared: SharedStore, position: int | None,
     return calls
 
 
+def test_a_save_that_waited_goes_on_at_any_moment_of_a_prune(places: Places) -> None:
+    """A save stops at any call, a prune begins, stops at any of its calls, and there the save goes on to its end: what
+    is durable is whole, whichever of the two claimed first."""
+    saving, pruning = _both(places, None, None)
+    outcomes = [_both(places, p, q) for p in spread(saving, 5) for q in spread(pruning, 7)]
+    assert outcomes.count((0, 0)) > len(outcomes) / 2, "most become durable: what was moved is followed"
+
+
+def _both(places: Places, p: int | None, q: int | None) -> tuple[int, int]:
+    """How many calls the save and the prune took; with ``p`` and ``q`` 0, and whether the save failed."""
+    waiting = InterruptedStore(MemoryStore())
+    reached, go_on = threading.Event(), threading.Event()
+    pruner = InterruptedStore(waiting.inner)
+    training = Training(places.open(waiting))
+    with training.checkpointer:
+        for _ in range(3):
+            training.save()
+        other = places.open(pruner)
+        failed = []
+
+        def finish() -> None:
+            go_on.set()
+            failed.append(not _finished(training, pending))
+
+        def wait() -> None:
+            reached.set()
+            assert go_on.wait(60)
+
+        waiting.meanwhile, pruner.meanwhile = wait, finish
+        waiting.calls.clear()
+        pruner.calls.clear()
+        waiting.at, pruner.at = p, q
+        pending = training.begin()
+        if p is not None:
+            assert reached.wait(60)
+            other.prune(KeepLatest(1))
+            if not failed:  # the prune was over before
+                finish()
+        else:
+            training.finish(pending)
+            saving = len(waiting.calls)
+            other.prune(KeepLatest(1))
+            return saving, len(pruner.calls)
+        try:
+            judge(other, training.saved)
+            for _ in range(2):
+                with suppress(SaveFailedError):
+                    training.save()
+            judge(other, training.saved)
+        except BaseException as error:
+            error.add_note(f"save waits at {p}: {waiting.calls[p - 1]}; prune at {q}: {pruner.calls[(q or 1) - 1]}")
+            raise
+    return 0, int(failed[0])
+
+
 def _saved(training: Training) -> bool:
+    return _finished(training, training.begin())
+
+
+def _finished(training: Training, pending: PendingSnapshot) -> bool:
     """Whether a save became durable; it may fail for what was pruned under it, and for nothing else."""
     try:
-        training.save()
+        training.finish(pending)
     except SaveFailedError as error:
         if getattr(error.__cause__, "kind", "") not in ("frozen_gone", "pruned_under_us", "segment_vanished"):
             raise
