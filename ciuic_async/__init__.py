@@ -24,7 +24,19 @@ if TYPE_CHECKING:
     from ciuic_async.events import Event, SnapshotStats
     from ciuic_async.oneoff import load, save
     from ciuic_async.pending import PendingSnapshot
-    from ciuic_async.retention.policy import KeepLatest
+    from ciuic_async.retention.parse import parse_policy
+    from ciuic_async.retention.policy import (
+        KeepAny,
+        KeepBest,
+        KeepBytes,
+        KeepDaily,
+        KeepEvery,
+        KeepHourly,
+        KeepLatest,
+        KeepTagged,
+        KeepWeekly,
+        KeepWithin,
+    )
     from ciuic_async.verify import Problem, VerifyReport
     from ciuic_async.version import __version__
 
@@ -37,7 +49,16 @@ _HOME = {
     "FormatVersionError": "errors",
     "IntegrityError": "errors",
     "InternalError": "errors",
+    "KeepAny": "retention.policy",
+    "KeepBest": "retention.policy",
+    "KeepBytes": "retention.policy",
+    "KeepDaily": "retention.policy",
+    "KeepEvery": "retention.policy",
+    "KeepHourly": "retention.policy",
     "KeepLatest": "retention.policy",
+    "KeepTagged": "retention.policy",
+    "KeepWeekly": "retention.policy",
+    "KeepWithin": "retention.policy",
     "NotFoundError": "errors",
     "PendingSnapshot": "pending",
     "Problem": "verify",
@@ -52,6 +73,7 @@ _HOME = {
     "VerifyReport": "verify",
     "__version__": "version",
     "load": "oneoff",
+    "parse_policy": "retention.parse",
     "save": "oneoff",
 }
 
@@ -64,7 +86,16 @@ __all__ = [
     "FormatVersionError",
     "IntegrityError",
     "InternalError",
+    "KeepAny",
+    "KeepBest",
+    "KeepBytes",
+    "KeepDaily",
+    "KeepEvery",
+    "KeepHourly",
     "KeepLatest",
+    "KeepTagged",
+    "KeepWeekly",
+    "KeepWithin",
     "NotFoundError",
     "PendingSnapshot",
     "Problem",
@@ -79,6 +110,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "load",
+    "parse_policy",
     "save",
 ]
 

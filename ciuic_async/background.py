@@ -318,7 +318,7 @@ class BackgroundWriter:
         """
         try:
             if self._keep is not None:
-                self._chain.prune(self._keep)
+                self._chain.prune(self._keep, rebase=False)  # copying bytes would compete with training for the disk
             if not self._swept:
                 self._swept = True
                 self._chain.gc()

@@ -17,6 +17,7 @@ from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
 from ciuic_async.format.chain_file import ChainFile
 from ciuic_async.format.entry import Common, FileReference, KeyEntry, NoteEntry, RollbackEntry, TagEntry
 from ciuic_async.listing import list_entries
+from ciuic_async.options import RETENTION
 from ciuic_async.pipeline.commit import CommitTarget, resolve
 from ciuic_async.pipeline.diff import Difference, diff
 from ciuic_async.pipeline.history import Line, live_snapshots, parents, resolve_ref, tagged, tags, the_line
@@ -152,15 +153,25 @@ class SnapshotChain:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def prune(self, policy: Policy, dry_run: bool = False) -> PruneReport:
-        """Drop the snapshots that a policy does not keep; the decision becomes an entry before a file is deleted."""
-        return collect.prune(self.target(), policy, self.common, dry_run=dry_run)
+    def prune(self, policy: Policy, dry_run: bool = False, *, rebase: bool = True) -> PruneReport:
+        """Drop the snapshots that a policy does not keep; the decision becomes an entry before a file is deleted.
 
-    def gc(self, *, orphan_age_s: float | None = None) -> PruneReport:
-        """Sweep files that no snapshot needs: what prune could not delete, and leftovers of crashed writers."""
-        if orphan_age_s is None:
-            return collect.gc(self._store, self._log)
-        return collect.gc(self._store, self._log, orphan_age_s=orphan_age_s)
+        Args:
+            dry_run: only say what would go, and change nothing.
+            rebase: move what living snapshots need out of segments of pruned ones that are mostly garbage, so that
+                those can go. Copies at most as many bytes as it frees.
+        """
+        return collect.prune(self.target(), policy, self.common, dry_run=dry_run, rebase=rebase)
+
+    def gc(self, *, orphan_age_s: float = RETENTION.orphan_age_s, dry_run: bool = False) -> PruneReport:
+        """Sweep files that no snapshot needs: what prune could not delete, and leftovers of crashed writers.
+
+        Args:
+            orphan_age_s: how old files must be, by the store's clock, of which nobody knows whether a writer is at work
+                on them. Shorter than a snapshot takes is dangerous for that snapshot.
+            dry_run: only say what would go; unpublished files are not counted.
+        """
+        return collect.gc(self._store, self._log, orphan_age_s=orphan_age_s, dry_run=dry_run)
 
     def rollback(self, ref: str, reason: str = "") -> Snapshot:
         """Make a snapshot the latest, by an entry that says so; nothing is deleted or changed.

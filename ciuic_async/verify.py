@@ -20,7 +20,7 @@ from ciuic_async.format.entry import Entry, KeyEntry, PruneEntry, SnapshotEntry
 from ciuic_async.format.locator import Locator, SegmentReference
 from ciuic_async.format.manifest import Manifest, dotted
 from ciuic_async.pipeline.chunks import chunk_reader
-from ciuic_async.pipeline.commit import locator_generations, read_manifest
+from ciuic_async.pipeline.commit import locator_generations, read_manifest, resolve
 from ciuic_async.segments.reader import SegmentReader
 from ciuic_async.segments.whole import check_segment
 from ciuic_async.stores.base import Store
@@ -118,7 +118,10 @@ def verify_store(store: Store, *, deep: bool = True, listener: Listener | None =
     _check_chain_file(walk, data, chain.origin, audit.entries)
     living = _check_history(walk, audit.entries, audit.leaf_hashes)
     for number, entry in enumerate(living):
+        found = len(walk.problems)
         _check_snapshot(walk, entry, deep=deep)
+        if len(walk.problems) > found and _forget_given_up(walk, entry, found):
+            _check_snapshot(walk, entry, deep=deep)
         notify(listener, Event("verify", entry.snapshot, entry.raw_bytes, total_bytes=number + 1))
     _check_names(walk, {e.snapshot for e in audit.entries if isinstance(e, SnapshotEntry)})
     gone = _forget_pruned(walk, chain.origin, audit.entries)
@@ -254,6 +257,22 @@ def _forget_pruned(walk: _Walk, origin: str, history: list[Entry]) -> set[str]:
     if gone:
         walk.notes.append(f"{len(gone)} snapshots were pruned while they were being checked")
     return gone
+
+
+def _forget_given_up(walk: _Walk, entry: SnapshotEntry, found: int) -> bool:
+    """Drop problems since ``found`` that are no damage: retention moved what was there, and a new locator says where.
+
+    Returns:
+        Whether there were any: then the snapshot must be looked at again.
+    """
+    try:
+        named = {segment.path for segment in resolve(walk.store, entry).segments}
+    except CiuicError:
+        return False
+    left = [one for one in walk.problems[found:] if one.kind != "missing" or one.where in named]
+    gave_up = len(left) < len(walk.problems) - found
+    walk.problems[found:] = left
+    return gave_up
 
 
 def _tensor_names(content: Manifest) -> dict[bytes, str]:

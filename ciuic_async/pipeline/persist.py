@@ -29,6 +29,7 @@ from ciuic_async.pipeline.commit import CommitTarget, commit
 from ciuic_async.pipeline.describe import describe
 from ciuic_async.pipeline.frozen import FrozenDigests, Remembered
 from ciuic_async.pipeline.history import is_live
+from ciuic_async.pipeline.moved import up_to_date
 from ciuic_async.pipeline.rewrite import Rewriter
 from ciuic_async.pipeline.workers import OrderedWorkers
 from ciuic_async.segments.writer import SegmentWriter
@@ -129,7 +130,8 @@ class Persister:
             CiuicError: nothing became durable.
         """
         writer = SegmentWriter(self._target.store, request.snapshot, borrows=True)
-        known = self._known_chunks(request.parent)
+        parent = up_to_date(self._target, request.parent)
+        known = self._known_chunks(parent)
         finder = BaseFinder(request.plan, known, kept)
         content = _Content([bytearray() for _ in request.plan.regions])
         staged: list[StagedWindow] = []
@@ -148,7 +150,7 @@ class Persister:
             about = describe(request.plan, request.snapshot, content.digests, request.progress, request.environment)
             places = {**content.referenced, **written.locations}
             chunks = {chunk: places[chunk] for chunk in about.distinct}
-            bases, base_of = needed_bases(content.own_bases, chunks, about.distinct, request.parent)
+            bases, base_of = needed_bases(content.own_bases, chunks, about.distinct, parent)
             where = Locator(request.snapshot, 0, chunks, bases)
             entry = SnapshotEntry(
                 common=common(self._run),
@@ -168,7 +170,7 @@ class Persister:
                 self._target,
                 self._encoder,
                 request.snapshot,
-                request.parent,
+                parent,
                 staged,
                 written.next_number,
                 about.distinct,

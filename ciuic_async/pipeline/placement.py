@@ -22,6 +22,7 @@ from ciuic_async.format.manifest import Manifest, StoredTensor, dotted
 from ciuic_async.options import READ
 from ciuic_async.pipeline.chunks import chunk_reader
 from ciuic_async.pipeline.commit import Resolved
+from ciuic_async.pipeline.moved import reread
 from ciuic_async.segments.reader import ChunkRequest
 from ciuic_async.stores.base import Store
 
@@ -56,6 +57,18 @@ def read_tensors(
     Raises:
         IntegrityError: names the segment and the tensors; kind ``missing`` when a segment is not there.
     """
+    try:
+        _read_tensors(store, resolved, targets, verify, listener)
+    except IntegrityError as error:
+        newer = reread(store, resolved) if error.kind == "missing" else None
+        if newer is None:
+            raise
+        read_tensors(store, newer, targets, verify=verify, listener=listener)  # retention moved it meanwhile
+
+
+def _read_tensors(
+    store: Store, resolved: Resolved, targets: Mapping[int, torch.Tensor], verify: bool, listener: Listener | None
+) -> None:
     jobs = plan_reads(resolved, targets)
     held = [[job] for job in jobs if job.chunk.digest in resolved.in_memory]
     runs = held + plan_runs(job for job in jobs if job.chunk.digest not in resolved.in_memory)

@@ -1,4 +1,4 @@
-"""A prune by somebody else, between writing and claiming: what it took away is written again."""
+"""A prune by somebody else between writing and claiming: what it took away is written again, what it moved followed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ciuic_async.pipeline.bases import Parent
 from ciuic_async.pipeline.chunks import chunk_reader
 from ciuic_async.pipeline.commit import CommitTarget, publish_rewritten
 from ciuic_async.pipeline.history import is_live
-from ciuic_async.segments.writer import SegmentWriter
+from ciuic_async.pipeline.moved import follow, newer_locator
+from ciuic_async.segments.writer import FinishedSegments, SegmentWriter
 
 _KIND = ("", "", "rewritten")
 
@@ -48,14 +49,18 @@ class Rewriter:
         self.current: Locator | None = None
 
     def ensure(self, where: Locator, published: list[str]) -> Locator:
-        """``where``, or a newer generation that does not lean on a pruned parent: neither chunks nor bases of it."""
+        """``where``, or a newer generation that leans neither on a pruned parent nor on places that were given up."""
         leaning = {
             chunk: place
             for chunk, place in where.chunks.items()
             if place.depth or layout.owner(place.segment.path) != self._snapshot
         }
-        if not leaning or self._parent is None or is_live(self._target.log, self._parent.snapshot):
+        if not leaning or self._parent is None:
             return where
+        if is_live(self._target.log, self._parent.snapshot):
+            followed = self._followed(where, published)
+            if followed is not None:
+                return followed
         writer = SegmentWriter(self._target.store, self._snapshot, first_number=self._next_number)
         try:
             for chunk, raw, item_size in self._raw(leaning, where):
@@ -69,6 +74,19 @@ class Rewriter:
         self._next_number = written.next_number
         self.current = newer
         return newer
+
+    def _followed(self, where: Locator, published: list[str]) -> Locator | None:
+        """``where``, or a newer generation that follows what was moved; None: what it leans on is not to be found."""
+        assert self._parent is not None
+        newest = newer_locator(self._target, self._parent.snapshot)
+        if newest is None:
+            return where
+        followed = follow(newest, where, lambda place: layout.owner(place.segment.path) == self._snapshot)
+        if followed is not None and followed is not where:
+            nothing = FinishedSegments((), {}, 0, self._next_number)
+            publish_rewritten(self._target.store, nothing, followed, published)
+            self.current = followed
+        return followed
 
     def _raw(self, wanted: Mapping[bytes, ChunkLocation], where: Locator) -> Iterator[tuple[bytes, memoryview, int]]:
         """The chunks' bytes: from memory where they are still staged, else from the store while it has them."""
