@@ -109,7 +109,7 @@ class Witness:
         self._by_hash = {_hex(origin): origin for origin in self._logs}
         self._folder = Path(folder)
         with _errors(self._folder):
-            _make_folder(self._folder / "evidence")
+            make_folder(self._folder / "evidence")
             self._descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,7 +185,7 @@ class Witness:
             return _refusal(422, str(error))
         line = self._key.cosign(self.vkey.name, request.note.text, int(self._clock()))
         by_log = tuple(item for item in request.note.signatures if (item.name, item.key_id) in log.keys)
-        self._write(self._file(request.origin), note.format_note(request.note.text, (*by_log, line)).encode())
+        write_durably(self._file(request.origin), note.format_note(request.note.text, (*by_log, line)).encode())
         return Answer(200, cosignature_lines((line,)).encode())
 
     def _file(self, origin: str) -> Path:
@@ -224,39 +224,15 @@ class Witness:
             path = self._folder / "evidence" / f"{_hex(request.origin)}.{number}"
             if not path.exists():
                 with suppress(StoreError):
-                    self._write(path, (json.dumps(facts, indent=1) + "\n").encode())
+                    write_durably(path, (json.dumps(facts, indent=1) + "\n").encode())
                 return
             with suppress(OSError, ValueError):
                 if json.loads(path.read_bytes())["refused"].startswith(request.note.text + "\n"):
                     return
 
-    def _write(self, path: Path, data: bytes) -> None:
-        """Replace a file: the new one is durable on return, and at every moment the old or the new one is there whole.
-
-        A failed sync of the folder may leave the new one there, of which nothing was given out: whoever asks again
-        finds the same head, or is refused.
-        """
-        temporary = self._folder / f"tmp.{secrets.token_hex(8)}"
-        with _errors(path):
-            try:
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                try:
-                    rest = memoryview(data)
-                    while rest:
-                        rest = rest[os.write(descriptor, rest) :]
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                os.rename(temporary, path)
-            except OSError:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
-            _fsync(path.parent)
-
     def _sweep(self) -> None:
         """What a killed process was about to write."""
-        for path in self._folder.glob("tmp.*"):
+        for path in (*self._folder.glob("tmp.*"), *self._folder.glob("evidence/tmp.*")):
             with suppress(OSError):
                 path.unlink()
 
@@ -270,6 +246,33 @@ def request_body(old_size: int, path: Iterable[bytes], head_note: bytes) -> byte
     """The body of ``add-checkpoint``."""
     hashes = "".join(f"{base64.b64encode(item).decode()}\n" for item in path)
     return f"old {old_size}\n{hashes}\n".encode() + head_note
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file: the new one is durable on return, and at every moment the old or the new one is there whole.
+
+    A failed sync of the folder may leave the new one there: what asks again for it is written again.
+
+    Raises:
+        StoreError: the place failed.
+    """
+    temporary = path.parent / f"tmp.{secrets.token_hex(8)}"
+    with _errors(path):
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _fsync(path.parent)
 
 
 def state_name(origin: str) -> str:
@@ -320,10 +323,10 @@ def _hex(origin: str) -> str:
     return sha256(origin.encode()).hexdigest()
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make what is missing, each name durable: a witness whose folder is lost would start anew."""
     if not folder.is_dir():
-        _make_folder(folder.parent)
+        make_folder(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
         _fsync(folder.parent)
 
