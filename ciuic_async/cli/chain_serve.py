@@ -106,11 +106,11 @@ class _LogHandler(Handler):
             name = f"log/{name}"
         if not layout.is_known(name):
             return Reply(404, b"not found\n")
-        if receipt is not None or name in (layout.LOG_HEAD, layout.WITNESSED):
-            data = self.server.store.read(name, note.LIMIT_BYTES)
-            return self._tagged(data, "text/plain; charset=utf-8")
-        limit_bytes = slots.LIMIT_BYTES if layout.slot_number(name) is not None else tiles.BUNDLE_LIMIT_BYTES
-        return self._tagged(self.server.store.read(name, limit_bytes), _BINARY, _FOREVER)
+        if layout.slot_number(name) is not None:
+            return self._tagged(self.server.store.read(name, slots.LIMIT_BYTES), _BINARY, _FOREVER)
+        if name.startswith(layout.TILES):
+            return self._tagged(self.server.store.read(name, tiles.BUNDLE_LIMIT_BYTES), _BINARY, _FOREVER)
+        return self._tagged(self.server.store.read(name, note.LIMIT_BYTES), "text/plain; charset=utf-8")
 
     def _json(self, value: object) -> Reply:
         return self._tagged((json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"), _JSON)

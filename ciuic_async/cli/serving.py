@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import selectors
 import signal
 import socket
 import sys
@@ -22,7 +23,8 @@ REQUEST_S = 20.0
 """From connecting to the last byte of the answer: whoever sends or takes a byte at a time is cut off."""
 IDLE_S = 10.0
 """Without any byte."""
-_POLL_S = 0.1
+_POLL_S = 0.25
+_PAUSE_S = 0.01
 _DRAIN_S = 1.0
 _DRAIN_BYTES = 1 << 20
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
@@ -138,6 +140,7 @@ class BoundedServer(HTTPServer):
         self._mutex = threading.Lock()
         self._open: dict[socket.socket, float] = {}  # and when it must be done
         self._workers: set[threading.Thread] = set()
+        self._ended = False
         self._accepting = threading.Thread(target=self._accept, name="ciuic-http", daemon=True)
         try:
             super().__init__(address, handler)
@@ -146,6 +149,7 @@ class BoundedServer(HTTPServer):
                 f"{address[0]}:{address[1]}: cannot listen there: {error}; choose another port (0: any)",
                 kind="cannot_listen",
             ) from error
+        self._woken, self._wake = socket.socketpair()
 
     def server_bind(self) -> None:
         """As usual, but without asking the name service who we are."""
@@ -165,11 +169,16 @@ class BoundedServer(HTTPServer):
         self._accepting.start()
 
     def close(self) -> None:
-        """Finish what is being answered, within ``REQUEST_S``; then nothing is left."""
+        """Finish what is being answered, within ``REQUEST_S``; then nothing is left. Idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        self._wake.send(b"x")
         if self._accepting.is_alive():
-            self.shutdown()
             self._accepting.join()
         self.server_close()
+        self._wake.close()
+        self._woken.close()
         deadline_s = time.monotonic() + REQUEST_S
         with self._mutex:
             workers = list(self._workers)
@@ -179,7 +188,17 @@ class BoundedServer(HTTPServer):
                 self._cut_off(late_s=max(0.0, time.monotonic() - deadline_s))
 
     def _accept(self) -> None:
-        self.serve_forever(_POLL_S)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while not self._ended:
+                ready = {key.fileobj for key, _ in selector.select(_POLL_S)}
+                if self.socket in ready and not self._ended:
+                    try:
+                        self.process_request(*self.get_request())
+                    except OSError:  # the asker left, or descriptors ran out: then it is ready at once again
+                        time.sleep(_PAUSE_S)
+                self._cut_off()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._slots.acquire(blocking=False):
@@ -215,9 +234,6 @@ class BoundedServer(HTTPServer):
             self._workers.discard(worker)
         self._slots.release()
 
-    def service_actions(self) -> None:
-        self._cut_off()
-
     def _cut_off(self, late_s: float = 0.0) -> None:
         now_s = time.monotonic()
         with self._mutex:
@@ -225,9 +241,6 @@ class BoundedServer(HTTPServer):
                 if now_s >= deadline_s or late_s > 0:
                     with suppress(OSError):
                         request.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing may end the accepting thread; what matters was told."""
 
 
 def parse_address(value: str) -> tuple[str, int]:

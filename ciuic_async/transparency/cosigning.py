@@ -263,12 +263,18 @@ class Cosigner:
 
     def _turn(self, outcomes: list[tuple[_Witness, Outcome]], wanted: bool) -> None:
         for witness, outcome in outcomes:
-            self._take(witness, outcome)
-        for head in {id(outcome.head): outcome.head for _, outcome in outcomes}.values():
-            self._keep(head)
-        if wanted or time.monotonic() >= self._look_s:
-            self._look_s = float("inf")
-            self._look()
+            witness.busy = None
+            if outcome.signature is not None:
+                outcome.head.cosignatures[witness.vkey] = outcome.signature
+        try:
+            for head in {id(outcome.head): outcome.head for _, outcome in outcomes}.values():
+                self._keep(head)
+            if wanted or time.monotonic() >= self._look_s or any(outcome.ahead for _, outcome in outcomes):
+                self._look_s = float("inf")
+                self._look()
+        finally:
+            for witness, outcome in outcomes:
+                self._take(witness, outcome)
         for witness in self._witnesses:
             witness.connection.cut_off()
         self._choose_target()
@@ -390,23 +396,24 @@ class Cosigner:
 
     def _take(self, witness: _Witness, outcome: Outcome) -> None:
         """Remember what came of asking. Nothing here can fail."""
-        witness.busy = None
-        if outcome.signature is None:
-            witness.error = outcome.error
-            witness.failures += 1
-            witness.next_s = time.monotonic() + self._backoff_s(witness.failures)
-            if outcome.forked:
-                witness.forked = True
-                self._say(witness.name, f"REFUSED AS A FORK: {outcome.error}", logging.ERROR)
-            else:
-                self._say(witness.name, outcome.error)
+        if outcome.signature is not None:
+            if witness.failures:
+                _logger.info("witness %s: cosigns again", witness.name)
+            self._said.pop(witness.name, None)
+            witness.error, witness.failures, witness.next_s = None, 0, 0.0
+            self._note_size(witness.vkey, outcome.head)
             return
-        if witness.failures:
-            _logger.info("witness %s: cosigns again", witness.name)
-        self._said.pop(witness.name, None)
-        witness.error, witness.failures, witness.next_s = None, 0, 0.0
-        outcome.head.cosignatures[witness.vkey] = outcome.signature
-        self._note_size(witness.vkey, outcome.head)
+        if outcome.ahead and self._newest is not None and self._newest.head.size >= outcome.ahead:
+            witness.size = outcome.ahead  # for another writer of this log, whose entries are here by now
+            return
+        witness.error = outcome.error
+        witness.failures += 1
+        witness.next_s = time.monotonic() + self._backoff_s(witness.failures)
+        witness.forked = outcome.forked
+        if outcome.forked:
+            self._say(witness.name, f"REFUSED AS A FORK: {outcome.error}", logging.ERROR)
+        else:
+            self._say(witness.name, outcome.error)
 
     def _keep(self, head: Head) -> None:
         """Write down what was collected for a head."""

@@ -52,6 +52,8 @@ class Outcome:
     signature: Signature | None = None
     error: str = ""
     forked: bool = False
+    ahead: int = 0
+    """The size that the witness has cosigned, where that is beyond this head's."""
 
 
 class Dialogue:
@@ -88,6 +90,7 @@ class Dialogue:
             if int(stated[1]) > head.head.size:
                 return Outcome(
                     head,
+                    ahead=int(stated[1]),
                     error=f"has cosigned {int(stated[1])} entries, this log has {head.head.size}: another writer is "
                     "ahead, or the chain lost its newest entries",
                 )

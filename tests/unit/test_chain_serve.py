@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -183,6 +184,28 @@ def test_too_many_askers_are_told_to_come_again(server: LogServer) -> None:
         thread.join(0.2)
     assert get(server, "/checkpoint")[0] == 200
     idle[0].close()
+
+
+def test_a_request_that_drips_is_cut_off(server: LogServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is bounded for a whole request, not only between two bytes."""
+    monkeypatch.setattr(serving, "REQUEST_S", 0.3)
+    with socket.create_connection((server.server_name, server.server_port), timeout=60) as slow:
+        slow.sendall(b"GET /checkpoint HTTP/1.1\r\n")
+        over = threading.Event()
+
+        def drip() -> None:
+            with suppress(OSError):
+                while not over.wait(0.02):
+                    slow.sendall(b"x")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            with suppress(ConnectionResetError):
+                assert slow.recv(100) == b""
+        finally:
+            over.set()
+            thread.join()
 
 
 def test_the_command(chain: SnapshotChain, capsys: pytest.CaptureFixture[str]) -> None:

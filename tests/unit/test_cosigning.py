@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -433,6 +434,101 @@ def test_nothing_waits_for_a_witness_that_hangs(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ciuic-witness")]
     assert not let_go.is_set()
     let_go.set()
+
+
+def test_heads_that_come_faster_than_witnesses_sign(place: Place, witness: Callable, cosigner: Callable) -> None:  # type: ignore[type-arg]
+    """Both of two must sign, each takes its time, and commits never stop: head after head gets both signatures."""
+    addresses, servers = zip(*(witness() for _ in range(2)), strict=True)
+    more = threading.Semaphore(0)
+
+    def late(answer: Callable[[bytes], object], commits: int, body: bytes) -> object:
+        for _ in range(commits):  # so many commits later
+            more.acquire(timeout=WAIT_S)
+        return answer(body)
+
+    for server, commits in zip(servers, (1, 3), strict=True):
+        server.witness.add_checkpoint = partial(late, server.witness.add_checkpoint, commits)
+    item = cosigner(list(addresses), 2)
+    met: set[int] = set()
+    for _ in range(500):
+        place.add()
+        item.notice()
+        more.release()
+        met.add(item.witnessed_size)
+        if len(met) > 4:
+            break
+    assert len(met) > 4
+    for _ in range(20):
+        more.release()
+
+
+PROGRAM = """
+import sys
+from ciuic_async.chain import SnapshotChain
+from ciuic_async.transparency import note
+from ciuic_async.transparency.cosigning import Cosigner
+from ciuic_async.transparency.log import Log
+
+folder, name, vkey, url = sys.argv[1:]
+with SnapshotChain(folder) as chain:
+    item = Cosigner(
+        chain.store, Log(chain.store, chain.origin), [(name, note.parse_vkey(vkey), url)], lambda signers: bool(signers)
+    )
+    while True:
+        chain.note("x")
+        item.notice()
+        print(chain.log_size, item.witnessed_size, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_nothing_that_hinders(place: Place, witness: Callable, cosigner: Callable) -> None:  # type: ignore[type-arg]
+    """SIGKILL while cosignatures come in, several times: what is there verifies, log/witnessed is what was told of at
+    least, and the next process goes on."""
+    (name, vkey, url), _ = witness()
+    for lines in (5, 12, 30):
+        command = [sys.executable, "-c", PROGRAM, str(place.folder), name, str(vkey), url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            told = [0, 0]
+            for _ in range(lines):
+                told = [int(word) for word in process.stdout.readline().split()]
+            process.kill()
+            process.wait(30)
+        log = place.log()
+        assert len(log) >= told[0]
+        if told[1]:
+            assert told[1] <= place.size(place.witnessed()) <= len(log)
+            assert signers(place.witnessed(), [(name, vkey, url)]) == 1
+        assert place.chain.verify().ok
+    item = cosigner([(name, vkey, url)], 1)
+    assert item.wait(len(place.log()), WAIT_S)
+
+
+def test_other_writers_of_the_log_may_be_ahead(
+    place: Place,
+    witness: Callable,  # type: ignore[type-arg]
+    cosigner: Callable,  # type: ignore[type-arg]
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A witness that has signed a newer head for another process is no failure: the newer head is there to be read."""
+    address, server = witness()
+    item = cosigner([address], 1)
+    answer = server.witness.add_checkpoint
+    sizes: list[int] = []
+
+    def overtaken(body: bytes) -> object:
+        if not sizes:
+            sizes.append(place.add())
+            assert answer(request_body(0, [], place.store.read(layout.LOG_HEAD, note.LIMIT_BYTES))).status == 200
+        return answer(body)
+
+    server.witness.add_checkpoint = overtaken
+    item.notice()
+    assert item.wait(len(place.log()) + 1, WAIT_S)
+    assert item.settle(WAIT_S)
+    assert item.status()[0].error is None
+    assert "ahead" not in caplog.text
+    assert place.size(place.witnessed()) == sizes[0]
 
 
 # --- what witnesses may do to us --------------------------------------------------------------------------------------
