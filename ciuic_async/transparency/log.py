@@ -155,14 +155,21 @@ class Log:
         with self._lock:
             return tuple(str(vkey) for vkey in self._head_signers)
 
+    @property
+    def head_note(self) -> bytes | None:
+        """The file of the log head as of the last ``refresh``; None when it was not found good then."""
+        with self._lock:
+            return self._head_file
+
     def inclusion(self, index: int, size: int | None = None) -> list[bytes]:
         """The proof that entry ``index`` is in the tree of the first ``size`` entries (None: of all)."""
         size = len(self) if size is None else size
         return self._read(lambda view: proof.make_inclusion(index, size, view.subtree))
 
-    def consistency(self, old_size: int) -> list[bytes]:
-        """The proof that this log extends the one of the first ``old_size`` entries."""
-        return self._read(lambda view: proof.make_consistency(old_size, view.head.size, view.subtree))
+    def consistency(self, old_size: int, size: int | None = None) -> list[bytes]:
+        """The proof that the log of the first ``size`` entries (None: of all) extends that of ``old_size``."""
+        size = len(self) if size is None else size
+        return self._read(lambda view: proof.make_consistency(old_size, size, view.subtree))
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

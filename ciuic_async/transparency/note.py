@@ -110,7 +110,7 @@ def parse_vkey(text: str) -> Vkey:
         IntegrityError: kind ``vkey_malformed``, or ``vkey_kind_unknown`` for a signature algorithm of a later version.
     """
     parts = text.split("+", 2)
-    material = _decode_base64(parts[2]) if len(parts) == 3 else None
+    material = decode_base64(parts[2]) if len(parts) == 3 else None
     if not material or not check_name(parts[0]) or not _KEY_ID.fullmatch(parts[1]):
         raise IntegrityError(f"{text[:120]!r} is no verifier key (name+hash+base64)", kind="vkey_malformed")
     if sha256(parts[0].encode("utf-8", "surrogatepass") + b"\n" + material).hexdigest()[:8] != parts[1]:
@@ -226,7 +226,7 @@ def parse_head(text: str, origin: str, what: str) -> tuple[int, bytes]:
         IntegrityError: kind ``head_malformed``, or ``origin_mismatch`` for the head of another log.
     """
     lines = text.split("\n")
-    root = _decode_base64(lines[2]) if len(lines) == 4 else None
+    root = decode_base64(lines[2]) if len(lines) == 4 else None
     if root is None or len(root) != 32 or lines[3] or not _is_size(lines[1]):
         raise IntegrityError(
             f"{what}: not a log head (origin, size, root, nothing else)", kind="head_malformed", where=what
@@ -255,7 +255,7 @@ def parse_proposal(text: str, what: str) -> tuple[int, bytes, str]:
         after = lines[1].split(" ")
         content = lines[2].split(" ")
         if len(after) == 3 and after[0] == "after" and len(content) == 2 and content[0] == "sha256":
-            root = _decode_base64(after[2])
+            root = decode_base64(after[2])
             if root is not None and len(root) == 32 and _is_size(after[1]) and _SHA256.fullmatch(content[1]):
                 return int(after[1]), root, content[1]
     raise IntegrityError(f"{what}: not a slot's proposal", kind="slot_malformed", where=what)
@@ -268,13 +268,13 @@ def _parse_line(line: str, what: str) -> Signature:
     if not line.startswith(_LINE_START):
         raise _malformed(what, f"{line[:80]!r} is no signature line")
     name, _, encoded = line[len(_LINE_START) :].partition(" ")
-    blob = _decode_base64(encoded)
+    blob = decode_base64(encoded)
     if not check_name(name) or blob is None or len(blob) <= _KEY_ID_BYTES:
         raise _malformed(what, f"{line[:80]!r} is no signature line")
     return Signature(name, blob[:_KEY_ID_BYTES], blob[_KEY_ID_BYTES:])
 
 
-def _decode_base64(text: str) -> bytes | None:
+def decode_base64(text: str) -> bytes | None:
     """The bytes of canonical standard base64; None for anything else, also for stray bits in the last digit."""
     try:
         data = base64.b64decode(text, validate=True)

@@ -1,0 +1,125 @@
+"""Receipts: for each snapshot the proof that its entry is in a head that a quorum of witnesses signed.
+
+C2SP tlog-proof. Derived files: any key holder makes them again.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+
+from ciuic_async.errors import FormatVersionError, IntegrityError, NotFoundError
+from ciuic_async.format import layout
+from ciuic_async.format.entry import Entry, PruneEntry, SnapshotEntry
+from ciuic_async.stores.base import Store
+from ciuic_async.transparency import note
+from ciuic_async.transparency.log import Log
+from ciuic_async.transparency.note import KeyName, Vkey
+
+_PER_TURN = 64
+_BACK = 4096
+"""Entries before the newest head that are looked at for receipts that an earlier process could not write."""
+_HEADER = "c2sp.org/tlog-proof@v1"
+
+
+def encode_receipt(index: int, path: Sequence[bytes], head_note: bytes) -> bytes:
+    """A receipt: entry ``index`` is in the tree of the (cosigned) log head, by this inclusion proof."""
+    hashes = "".join(f"{base64.b64encode(item).decode()}\n" for item in path)
+    return f"{_HEADER}\nindex {index}\n{hashes}\n".encode() + head_note
+
+
+class Receipts:
+    """Writes the receipts of the newest witnessed head, a few at a time. Belongs to one thread.
+
+    Args:
+        known: the witnesses whose signatures count when an existing receipt is compared with a new one.
+    """
+
+    def __init__(self, store: Store, log: Log, known: Mapping[KeyName, Vkey]) -> None:
+        self._store = store
+        self._log = log
+        self._known = known
+        self._size = 0
+        self._text = ""
+        self._note = b""
+        self._first: int | None = None
+        """The first entry that no earlier head covered."""
+        self._next = 0
+
+    @property
+    def behind(self) -> bool:
+        """Whether ``catch_up`` has something to do."""
+        return self._next < self._size
+
+    def cover(self, size: int, text: str, head_note: bytes) -> None:
+        """A quorum signed the head ``text`` of ``size`` entries. One that is smaller than an earlier one is ignored."""
+        if size < self._size or size > len(self._log):
+            return
+        if self._first is None:
+            self._first = self._next = self._find_first(size)
+        elif text != self._text:
+            self._first = self._next  # what an earlier head could not be given in time gets this one's
+        else:
+            self._next = max(self._first, size - _PER_TURN)  # more signatures: the newest receipts get them too
+        self._size, self._text, self._note = size, text, head_note
+
+    def catch_up(self) -> None:
+        """Write some of the receipts that are missing or have fewer signatures.
+
+        Raises:
+            StoreError: the place failed; the next call goes on.
+        """
+        if not self.behind:
+            return
+        end = min(self._size, self._next + _PER_TURN)
+        pruned = {name for index in range(self._next, len(self._log)) for name in _pruned(self._entry(index))}
+        for index in range(self._next, end):
+            entry = self._entry(index)
+            if isinstance(entry, SnapshotEntry) and entry.snapshot not in pruned:
+                self._write(index, layout.receipt(entry.snapshot))
+            self._next = index + 1
+
+    def _write(self, index: int, name: str) -> None:
+        if self._signatures(name) >= self._count(self._note):
+            return
+        path = self._log.inclusion(index, self._size)
+        self._store.overwrite(name, encode_receipt(index, path, self._note))
+
+    def _find_first(self, size: int) -> int:
+        """Receipts are written in order: those that a process that died did not write are the newest."""
+        for index in range(size - 1, max(0, size - _BACK) - 1, -1):
+            entry = self._entry(index)
+            if isinstance(entry, SnapshotEntry) and self._store.size(layout.receipt(entry.snapshot)) is not None:
+                return index + 1
+        return max(0, size - _BACK)
+
+    def _signatures(self, name: str) -> int:
+        """How many witnesses signed the head in an existing receipt; -1 where there is no good one."""
+        try:
+            top, _, head_note = self._store.read(name, note.LIMIT_BYTES).partition(b"\n\n")
+        except (NotFoundError, IntegrityError):
+            return -1
+        return self._count(head_note) if top.startswith(_HEADER.encode()) else -1
+
+    def _count(self, head_note: bytes) -> int:
+        try:
+            parsed = note.parse(head_note, "receipt")
+        except IntegrityError:
+            return -1
+        found = {
+            vkey
+            for item in parsed.signatures
+            if (vkey := self._known.get((item.name, item.key_id))) and vkey.verifies(parsed.text, item.signature)
+        }
+        return len(found)
+
+    def _entry(self, index: int) -> Entry | None:
+        """None for an entry that a later version wrote."""
+        try:
+            return self._log.entry(index)
+        except FormatVersionError:
+            return None
+
+
+def _pruned(entry: Entry | None) -> tuple[str, ...]:
+    return entry.snapshots if isinstance(entry, PruneEntry) else ()
