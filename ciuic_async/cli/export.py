@@ -14,7 +14,7 @@ from ciuic_async.stores.local import LocalStore
 
 _OMS_HELP = (
     f"also write {oms.SIGNATURE} beside the file, an OpenSSF Model Signing signature; check it with: "
-    "model_signing verify key FILE --signature model.sig --public-key KEY.pub"
+    "model_signing verify key FILE --signature model.sig --public_key KEY.pub"
 )
 _OMS_KEY_HELP = (
     "sign with this ECDSA key (PEM; P-256, P-384 or P-521): Model Signing takes no Ed25519, so the key that signs "

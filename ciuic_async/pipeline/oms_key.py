@@ -37,7 +37,7 @@ class OmsKey:
 
     @property
     def public_pem(self) -> bytes:
-        """What verifiers need (``--public-key``)."""
+        """What verifiers need (``--public_key``)."""
         return self.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
     @property
