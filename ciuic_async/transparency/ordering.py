@@ -12,6 +12,7 @@ store holds is the truth from then on: a lost etcd loses nothing that was acknow
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 import threading
 import time
@@ -23,6 +24,7 @@ from ciuic_async.stores.base import Store
 from ciuic_async.transparency import slots
 from ciuic_async.transparency.etcd import VALUE_LIMIT_BYTES, Etcd
 
+PASSWORD_ENVIRONMENT = "CIUIC_ETCD_PASSWORD"
 _READ_AGAIN_S = 10.0
 """How long readers leave an etcd alone that did not answer."""
 
@@ -179,8 +181,9 @@ def parse(text: str, store: Store, origin: str) -> Ordering:
     """What ``ordering=`` says.
 
     Args:
-        text: ``local``, ``object-store``, or ``etcd://[user:password@]host:port,host:port/prefix``. ``etcds://`` is the
-            same over TLS; ``?cacert=FILE`` names the roots, ``cert=FILE&key=FILE`` a client's certificate.
+        text: ``local``, ``object-store``, or ``etcd://[user[:password]@]host:port,host:port/prefix``; a password that
+            is not there is taken from ``CIUIC_ETCD_PASSWORD``. ``etcds://`` is the same over TLS; ``?cacert=FILE``
+            names the roots, ``cert=FILE&key=FILE`` a client's certificate.
         origin: the chain's, which keeps the keys of several chains apart.
 
     Raises:
@@ -206,12 +209,16 @@ def parse(text: str, store: Store, origin: str) -> Ordering:
         raise UsageError("certificates need etcds://, the ordering says etcd://", kind="bad_ordering")
     user, _, password = user_part.partition(":")
     scheme = "https" if parts.scheme == "etcds" else "http"
-    etcd = Etcd(
-        [f"{scheme}://{host}" for host in hosts.split(",")],
-        user=unquote(user) or None,
-        password=unquote(password),
-        tls=_tls(options) if scheme == "https" else None,
-    )
+    tls = _tls(options) if scheme == "https" else None
+    try:
+        etcd = Etcd(
+            [f"{scheme}://{host}" for host in hosts.split(",")],
+            user=unquote(user) or None,
+            password=unquote(password) or os.environ.get(PASSWORD_ENVIRONMENT),
+            tls=tls,
+        )
+    except UsageError:
+        raise _bad_ordering() from None
     folder = unquote(parts.path).strip("/") or "ciuic"
     return EtcdOrdering(store, etcd, f"{folder}/{origin}")
 
@@ -229,5 +236,7 @@ def _tls(options: dict[str, str]) -> ssl.SSLContext:
 def _bad_ordering() -> UsageError:
     # Not repeated: it may hold a password.
     return UsageError(
-        "ordering: expected 'local', 'object-store' or 'etcd://host:port,host:port/prefix'", kind="bad_ordering"
+        "ordering: expected 'local', 'object-store' or 'etcd://host:port,host:port/prefix' "
+        "(in a password, '/', '?', '#' and '@' are written as %2F, %3F, %23 and %40)",
+        kind="bad_ordering",
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
+import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -48,8 +50,9 @@ class CarelessStore(LocalStore):
 class Cluster:
     """Members on 127.0.0.1, each a process of its own with its own folder."""
 
-    def __init__(self, folder: Path, members: int) -> None:
+    def __init__(self, folder: Path, members: int, certificates: Path | None = None) -> None:
         assert BINARY is not None
+        self._certificates = certificates
         ports = free_ports(2 * members)
         self.clients = [f"127.0.0.1:{port}" for port in ports[:members]]
         self._peers = [f"127.0.0.1:{port}" for port in ports[members:]]
@@ -58,16 +61,24 @@ class Cluster:
         folder.mkdir(parents=True)
         for number in range(members):
             self.start(number)
-        assert Etcd(self.endpoints, timeout_s=60).get("ready") is None
+        self.wait()
 
     @property
     def endpoints(self) -> list[str]:
-        return [f"http://{client}" for client in self.clients]
+        return [f"{'https' if self._certificates else 'http'}://{client}" for client in self.clients]
 
     @property
     def url(self) -> str:
         """For ``ordering=``."""
         return f"etcd://{','.join(self.clients)}/test"
+
+    def wait(self) -> None:
+        """Until it answers."""
+        tls = None
+        if self._certificates is not None:
+            tls = ssl.create_default_context(cafile=self._certificates / "ca.pem")
+            tls.load_cert_chain(self._certificates / "peer.pem", self._certificates / "peer.key")
+        assert Etcd(self.endpoints, timeout_s=60, tls=tls).get("ready") is None
 
     def start(self, number: int) -> None:
         """Start a member; one that ran before goes on from its folder."""
@@ -75,13 +86,17 @@ class Cluster:
         options = {
             "name": f"m{number}",
             "data-dir": str(self._folder / str(number)),
-            "listen-client-urls": f"http://{self.clients[number]}",
-            "advertise-client-urls": f"http://{self.clients[number]}",
+            "listen-client-urls": self.endpoints[number],
+            "advertise-client-urls": self.endpoints[number],
             "listen-peer-urls": f"http://{self._peers[number]}",
             "initial-advertise-peer-urls": f"http://{self._peers[number]}",
             "initial-cluster": ",".join(f"m{n}=http://{peer}" for n, peer in enumerate(self._peers)),
             "log-level": "error",
         }
+        if self._certificates is not None:
+            files = {"trusted-ca-file": "ca.pem", "cert-file": "peer.pem", "key-file": "peer.key"}
+            options |= {name: str(self._certificates / file) for name, file in files.items()}
+            options["client-cert-auth"] = "true"
         with (self._folder / f"{number}.log").open("ab") as said:
             self._processes[number] = subprocess.Popen(
                 [BINARY, *(f"--{name}={value}" for name, value in options.items())],
@@ -96,15 +111,26 @@ class Cluster:
         process.kill()
         process.wait()
 
+    def pause(self, number: int) -> None:
+        """SIGSTOP: connections stay open, and nothing answers."""
+        self._processes[number].send_signal(signal.SIGSTOP)
+
+    def resume(self, number: int) -> None:
+        self._processes[number].send_signal(signal.SIGCONT)
+
     def close(self) -> None:
         for number in list(self._processes):
             self.kill(number)
 
 
 @contextmanager
-def cluster(folder: Path, members: int) -> Iterator[Cluster]:
-    """A cluster that answers, for a ``with`` block."""
-    running = Cluster(folder, members)
+def cluster(folder: Path, members: int, certificates: Path | None = None) -> Iterator[Cluster]:
+    """A cluster that answers, for a ``with`` block.
+
+    Args:
+        certificates: a folder of ``ca.pem``, ``peer.pem`` and ``peer.key``: TLS, and clients must have a certificate.
+    """
+    running = Cluster(folder, members, certificates)
     try:
         yield running
     finally:
