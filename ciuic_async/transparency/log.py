@@ -200,7 +200,7 @@ class Log:
             StoreError: the claim failed; nothing was written unless the store went away just then. Failures after the
                 claim are no error: they are logged, and the next ``append`` makes up for them.
             IntegrityError: as ``refresh``.
-            UsageError: an entry is none, or too much was given at once.
+            UsageError: an entry is none, too much was given at once, or the place takes one writer (``one_writer``).
         """
         for attempt in range(attempts):
             if attempt:
@@ -214,7 +214,7 @@ class Log:
                 given = list(build(self))
                 if not given:
                     return old.size
-                prefix = [] if self._knows(key) else [self._announcement(key, announce())]
+                prefix = [] if self._knows(key) else [self._newcomer(key, old, announce)]
                 for data in given:
                     _check_entry(data)
                 content = slots.encode_slot(old, [*prefix, *given], key, self.origin)
@@ -437,7 +437,16 @@ class Log:
             )
         return vkey is not None
 
-    def _announcement(self, key: SigningKey, data: bytes) -> bytes:
+    def _newcomer(self, key: SigningKey, old: LogHead, announce: Callable[[], bytes]) -> bytes:
+        """The entry that announces a key that the log does not know."""
+        if old.size and not self._ordering.orders_writers:
+            raise UsageError(
+                f"{self._store.url}: this store cannot create a name only once, so a second writer could overwrite "
+                "what the first one wrote, and this chain has a writer with another key. Write with that key, or order "
+                "writers by etcd (ordering='etcd://host:port/prefix')",
+                kind="one_writer",
+            )
+        data = announce()
         if key.key_id(self.origin) not in slots.announced_keys(self.origin, [data]):
             raise UsageError("the entry that announces the signing key does not hold its vkey", kind="bad_entry")
         return data

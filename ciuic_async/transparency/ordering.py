@@ -34,6 +34,9 @@ _logger = logging.getLogger("ciuic_async")
 class Ordering(Protocol):
     """Decides who has a slot. Any thread may call."""
 
+    orders_writers: bool
+    """Whether ``claim`` fails for the second of two racing writers; without this a chain has one writer."""
+
     def read(self, name: str) -> bytes | None:
         """What the slot holds, unverified; None where nobody is known to have it. Writes nothing."""
 
@@ -58,10 +61,14 @@ class Ordering(Protocol):
 
 
 class StoreOrdering:
-    """By the create-once of the store that holds the chain: a local folder, an object store with conditional puts."""
+    """By the create-once of the store that holds the chain: a local folder, an object store with conditional puts.
+
+    A store without it is good for one writer; the log refuses a second.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.orders_writers = store.capabilities.orders_writers
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -106,6 +113,8 @@ class EtcdOrdering:
         prefix: of the keys: ``<prefix>/<slot's name>``; the chain's own, so it ends in its origin.
         read_timeout_s: how long reading waits for etcd.
     """
+
+    orders_writers = True
 
     def __init__(self, store: Store, etcd: Etcd, prefix: str, *, read_timeout_s: float = 3.0) -> None:
         self._copies = StoreOrdering(store)
@@ -189,14 +198,8 @@ def parse(text: str, store: Store, origin: str) -> Ordering:
     Raises:
         UsageError: kind ``bad_ordering``; nothing is contacted.
     """
-    if text == "local" or (text == "object-store" and store.capabilities.orders_writers):
+    if text in ("local", "object-store"):
         return StoreOrdering(store)
-    if text == "object-store":
-        raise UsageError(
-            f"{store.url}: this store cannot create a name only once, so it cannot order writers; "
-            "use ordering='etcd://host:port/prefix', or 'local' with a single writer",
-            kind="bad_ordering",
-        )
     try:
         parts = urlsplit(text)
         options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ciuic_async.errors import NotFoundError, StoreError, UsageError
-from ciuic_async.format import layout
+from ciuic_async.format import entry, layout
 from ciuic_async.format.digest import Buffer
 from ciuic_async.stores.base import Capabilities
 from ciuic_async.stores.memory import MemoryStore
-from ciuic_async.transparency import ordering
+from ciuic_async.transparency import etcd, ordering
 from ciuic_async.transparency.etcd import Etcd
+from ciuic_async.transparency.keys import SigningKey
+from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.ordering import EtcdOrdering, StoreOrdering
+from ciuic_async.transparency.post import Answer
 
 NAME = layout.slot(7)
 ORIGIN = "ciuic.dev/chain/" + "0" * 32
+COMMON = entry.Common("0" * 20, "2026-01-01T00:00:00.000Z", "host", "test")
 
 
 class Failing(MemoryStore):
@@ -48,6 +54,15 @@ class Unordered(MemoryStore):
 @pytest.fixture
 def store() -> Failing:
     return Failing()
+
+
+def add(log: Log, key: SigningKey, text: str) -> int:
+    """Append one entry."""
+    return log.append(
+        lambda _: [entry.NoteEntry(COMMON, text).encode()],
+        key,
+        announce=lambda: entry.KeyEntry(COMMON, key.vkey(ORIGIN)).encode(),
+    )
 
 
 # --- in a store -------------------------------------------------------------------------------------------------------
@@ -152,6 +167,30 @@ def test_the_copy_decides_what_was_won(store: Failing) -> None:
     assert store.size(layout.slot(9)) is None
 
 
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["header", "kvs", "value", "succeeded", "responses", "response_range", "token"]), inner
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(ANY_JSON | st.binary(max_size=60), st.sampled_from([200, 200, 200, 404, 503]))
+def test_no_answer_breaks_the_client(content: object, status: int) -> None:
+    """Whatever a member answers is understood or a StoreError: a value in bytes, none, or an error."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    for understand in (etcd._created, etcd._first_value):
+        try:
+            found = understand(etcd._parse(Answer(status, "application/json", body), "http://member"))
+        except StoreError:
+            continue
+        assert found is None or isinstance(found, bytes)
+
+
 # --- what users say ---------------------------------------------------------------------------------------------------
 
 
@@ -170,12 +209,20 @@ def test_what_ordering_means() -> None:
     assert other._etcd._credentials == {"name": "u", "password": "p@ss"}
 
 
-def test_a_store_that_orders_nobody_is_not_asked_to() -> None:
-    """``object-store`` asks for conditional writes, which not every store has; with one writer ``local`` will do."""
+@pytest.mark.parametrize("text", ["local", "object-store"])
+def test_a_store_that_orders_nobody_has_one_writer(text: str) -> None:
+    """Its first writer goes on; a second one, who could overwrite the first one's slots, is told of etcd."""
+    store = Unordered()
+    claims = ordering.parse(text, store, ORIGIN)
+    first, second = SigningKey.generate(), SigningKey.generate()
+    assert add(Log(store, ORIGIN, claims), first, "a") == 1
+    assert add(Log(store, ORIGIN, claims), first, "b") == 2
+    before = [item.name for item in store.list()]
     with pytest.raises(UsageError, match="etcd://") as caught:
-        ordering.parse("object-store", Unordered(), ORIGIN)
-    assert caught.value.kind == "bad_ordering"
-    assert isinstance(ordering.parse("local", Unordered(), ORIGIN), StoreOrdering)
+        add(Log(store, ORIGIN, claims), second, "c")
+    assert caught.value.kind == "one_writer"
+    assert [item.name for item in store.list()] == before
+    assert add(Log(store, ORIGIN, claims), first, "d") == 3
 
 
 @pytest.mark.parametrize(
@@ -199,7 +246,7 @@ def test_a_store_that_orders_nobody_is_not_asked_to() -> None:
         "etcds://a:1?cacert=/no/such/file",
     ],
 )
-def test_what_ordering_cannot_mean_is_refused(text: str, tmp_path: Path) -> None:
+def test_what_ordering_cannot_mean_is_refused(text: str) -> None:
     """A usage error, which repeats no password."""
     with pytest.raises(UsageError) as caught:
         ordering.parse(text, MemoryStore(), ORIGIN)
