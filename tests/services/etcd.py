@@ -167,13 +167,14 @@ def texts(log: Log) -> dict[str, int]:
     return found
 
 
+def announcement(log: Log, key: SigningKey) -> bytes:
+    """The entry that announces a key."""
+    return entry.KeyEntry(COMMON, key.vkey(log.origin)).encode()
+
+
 def append(log: Log, key: SigningKey, text: str) -> int:
     """Add an entry that says ``text``."""
-
-    def announce() -> bytes:
-        return entry.KeyEntry(COMMON, key.vkey(log.origin)).encode()
-
-    return log.append(lambda _: [line(text)], key, announce=announce)
+    return log.append(lambda _: [line(text)], key, announce=lambda: announcement(log, key))
 
 
 def write_for_ever(folder: str, url: str) -> None:

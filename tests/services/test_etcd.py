@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
@@ -23,8 +24,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from ciuic_async.errors import IntegrityError, StoreError, UsageError
+from ciuic_async.errors import CiuicWarning, IntegrityError, StoreError, UsageError
 from ciuic_async.format import layout
+from ciuic_async.format.digest import Buffer
 from ciuic_async.stores.memory import MemoryStore
 from ciuic_async.transparency import ordering
 from ciuic_async.transparency.audit import audit_log
@@ -39,6 +41,7 @@ from tests.services.etcd import (
     CarelessStore,
     Cluster,
     Spoil,
+    announcement,
     append,
     cluster,
     line,
@@ -299,11 +302,17 @@ class DyingStore(MemoryStore):
     """A store that cannot take slots for a while: its writer might as well be dead."""
 
     dead = False
+    headless = False
 
-    def create(self, name: str, data: object) -> None:
+    def overwrite(self, name: str, data: Buffer) -> None:
+        if self.headless and name == layout.LOG_HEAD:
+            raise StoreError(f"{name}: told to fail", where=name)
+        super().overwrite(name, data)
+
+    def create(self, name: str, data: Buffer) -> None:
         if self.dead and name.startswith(layout.SLOTS):
             raise StoreError(f"{name}: told to fail", kind="enospc", where=name)
-        super().create(name, data)  # type: ignore[arg-type]
+        super().create(name, data)
 
 
 def test_a_writer_that_dies_before_the_copy_is_rolled_forward(etcd: Cluster, key: SigningKey) -> None:
@@ -375,6 +384,34 @@ def test_garbage_in_etcd_blocks_and_is_never_copied(etcd: Cluster, key: SigningK
             append(log, key, "second")
     assert {item.name for item in store.list()} == names
     assert texts(log) == {"first": 1}
+    garbage = base64.b64encode(f"garbage/{layout.slot(2)}".encode()).decode()
+    ask(etcd.endpoints[0], "/v3/kv/deleterange", {"key": garbage})
+    assert append(log, key, "third") == 2
+    assert not audit_log(store, ORIGIN).problems
+
+
+def test_a_slot_met_while_a_bundle_is_damaged_is_copied(etcd: Cluster, key: SigningKey) -> None:
+    """The newest slot is in etcd alone and the log has to be read from slots again: it is copied before a claim."""
+    store = DyingStore()
+    other = SigningKey.generate()
+    log = Log(store, ORIGIN, fresh_ordering(etcd, store, "damaged"))
+    log.append(lambda _: [line(str(n)) for n in range(260)], key, announce=lambda: announcement(log, key))
+    append(log, other, "announces the other key in the second bundle")
+    append(log, key, "signs the log head")
+    bundle = layout.entry_bundle(1, len(log) % 256)
+    store.headless = True
+    append(log, other, "in a slot without a log head")
+    store.dead = True
+    with pytest.raises(StoreError):
+        append(log, other, "in etcd alone")
+    store.headless = store.dead = False
+    store.overwrite(bundle, b"damaged")
+    with pytest.warns(CiuicWarning, match="slots are used instead"):
+        append(Log(store, ORIGIN, fresh_ordering(etcd, store, "damaged")), key, "last")
+    assert not audit_log(store, ORIGIN).problems
+    plain = Log(store, ORIGIN)
+    plain.refresh()
+    assert list(texts(plain))[-3:] == ["in a slot without a log head", "in etcd alone", "last"]
 
 
 def test_etcd_that_lost_everything_costs_nothing_acknowledged(

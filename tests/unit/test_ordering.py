@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -20,7 +23,7 @@ from ciuic_async.transparency.etcd import Etcd
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.ordering import EtcdOrdering, StoreOrdering
-from ciuic_async.transparency.post import Answer
+from ciuic_async.transparency.post import Answer, post
 
 NAME = layout.slot(7)
 ORIGIN = "ciuic.dev/chain/" + "0" * 32
@@ -145,6 +148,32 @@ class Answers(Etcd):
 
     def create(self, key: str, value: bytes) -> bytes:
         return self._holds(value)
+
+
+def test_an_endless_answer_is_cut_off_at_once() -> None:
+    """A peer that sends without end is left as soon as it sent too much, long before the time is over."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def flood() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+                while True:
+                    connection.sendall(bytes(1 << 16))
+
+        peer = threading.Thread(target=flood)
+        peer.start()
+        began_s = time.monotonic()
+        with pytest.raises(StoreError, match="more than 1000000 bytes"):
+            post(
+                f"http://127.0.0.1:{listening.getsockname()[1]}",
+                b"x",
+                content_type="text/plain",
+                timeout_s=60,
+                limit_bytes=1_000_000,
+            )
+        peer.join()
+    assert time.monotonic() - began_s < 30
 
 
 def test_the_copy_decides_what_was_won(store: Failing) -> None:
