@@ -32,6 +32,7 @@ _KNOWN = re.compile(
             rf"segments/(?P<segment>[0-9a-f]{{20}})/{_NUMBER}-{_NUMBER}\.seg",
             rf"manifests/(?P<manifest>[0-9a-f]{{20}})/(?:root|{_NUMBER})\.json",
             rf"locators/(?P<locator>[0-9a-f]{{20}})\.(?P<generation>{_NUMBER})\.json",
+            r"receipts/(?P<receipt>[0-9a-f]{20})\.(?:tlog-proof|tsr)",
             rf"log/tile/(?:entries|[0-9]|[1-5][0-9]|6[0-3])/{_GROUPS}(?:\.p/{_WIDTH})?",
             r"log/commit/(?P<slot>[0-9]{20})",
             r"tmp/[0-9a-f]{32}",
@@ -68,6 +69,11 @@ def locator(snapshot: str, generation: int) -> str:
 def receipt(snapshot: str) -> str:
     """The proof that a snapshot's entry is in a signed log head (C2SP tlog-proof)."""
     return f"{RECEIPTS}/{snapshot}.tlog-proof"
+
+
+def timestamp(snapshot: str) -> str:
+    """An RFC 3161 time stamp of a head that holds a snapshot's entry."""
+    return f"{RECEIPTS}/{snapshot}.tsr"
 
 
 def slot(old_size: int) -> str:

@@ -28,7 +28,6 @@ from ciuic_async.errors import (
     CommitConflictError,
     IntegrityError,
     NotFoundError,
-    StoreError,
     UsageError,
 )
 from ciuic_async.format import entry as entries_format
@@ -38,7 +37,8 @@ from ciuic_async.stores.base import Store, Unpublished
 from ciuic_async.transparency import note, proof, slots, tiles
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.note import Vkey
-from ciuic_async.transparency.slots import LogHead
+from ciuic_async.transparency.ordering import Ordering, StoreOrdering
+from ciuic_async.transparency.slots import LogHead, Slot
 from ciuic_async.transparency.tiles import WIDTH, Tile
 from ciuic_async.transparency.view import View
 
@@ -62,10 +62,14 @@ class Log:
     Args:
         store: where the chain lives.
         origin: the chain's name (``ciuic.json``), which is the name of its keys.
+        ordering: where slots are claimed; None: in the store itself, by its create-once.
     """
 
-    def __init__(self, store: Store, origin: str) -> None:
+    def __init__(self, store: Store, origin: str, ordering: Ordering | None = None) -> None:
         self._store = store
+        self._ordering = ordering or StoreOrdering(store)
+        self._last_slot: tuple[str, bytes] | None = None
+        """The newest slot that was replayed: it may be in the ordering and not yet in the store."""
         self.origin = origin
         self._lock = threading.RLock()
         self._view = View.empty(store, origin)
@@ -161,6 +165,10 @@ class Log:
         with self._lock:
             return self._head_file
 
+    def root_at(self, size: int) -> bytes:
+        """The root when the log had ``size`` entries, at most as many as it has."""
+        return self._read(lambda view: view.root_at(size))
+
     def inclusion(self, index: int, size: int | None = None) -> list[bytes]:
         """The proof that entry ``index`` is in the tree of the first ``size`` entries (None: of all)."""
         size = len(self) if size is None else size
@@ -199,25 +207,26 @@ class Log:
             StoreError: the claim failed; nothing was written unless the store went away just then. Failures after the
                 claim are no error: they are logged, and the next ``append`` makes up for them.
             IntegrityError: as ``refresh``.
-            UsageError: an entry is none, or too much was given at once.
+            UsageError: an entry is none, too much was given at once, or the place takes one writer (``one_writer``).
         """
         for attempt in range(attempts):
             if attempt:
                 time.sleep(_random.uniform(0, min(_MAX_WAIT_S, _WAIT_S * 2**attempt)))
             with self._lock:
                 old = self.refresh()
+                self._settle()
                 if old.size > self._published and self._knows(key):
                     # Roll a crashed writer forward before adding to it: at most one slot is ever without its log head.
                     self._try_publish(key)
                 given = list(build(self))
                 if not given:
                     return old.size
-                prefix = [] if self._knows(key) else [self._announcement(key, announce())]
+                prefix = [] if self._knows(key) else [self._newcomer(key, old, announce)]
                 for data in given:
                     _check_entry(data)
                 content = slots.encode_slot(old, [*prefix, *given], key, self.origin)
                 slot = slots.check_slot(content, old, self.origin, self._view.keys.get)  # what is written can be read
-                if not self._claim(layout.slot(old.size), content):
+                if self._ordering.claim(layout.slot(old.size), content) != content:
                     continue
                 self._view.extend(slot)
                 self._try_publish(key)
@@ -234,6 +243,7 @@ class Log:
         with self._lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", CiuicWarning)  # of damage that is repaired in a moment
             self.refresh()
+            self._settle()
             if not self._view.in_memory:
                 self._rebuild("a repair was asked for")
             self._damaged = True
@@ -343,19 +353,22 @@ class Log:
     def _accept_head(self, data: bytes, head: LogHead, signers: tuple[Vkey, ...]) -> None:
         self._head_file, self._head_signers, self._published = data, signers, head.size
 
-    def _read_slot(self, size: int) -> bytes | None:
-        try:
-            return self._store.read(layout.slot(size), slots.LIMIT_BYTES)
-        except NotFoundError:
-            return None
-
     def _replay(self) -> None:
         """Extend the view by the slots after it, as far as there are any."""
-        while (data := self._read_slot(self._view.head.size)) is not None:
-            view = self._view
-            slot = slots.check_slot(data, view.head, self.origin, self._find_key)
+        while (slot := self._next_slot(view := self._view, self._find_key)) is not None:
             if self._view is view:  # else a bundle was damaged, and the view that was made from slots has this one
                 view.extend(slot)
+
+    def _next_slot(self, view: View, find_key: Callable[[bytes], Vkey | None]) -> Slot | None:
+        """The slot after a view, verified; None where there is none."""
+        name = layout.slot(view.head.size)
+        data = self._ordering.read(name)
+        if data is None:
+            return None
+        slot = slots.check_slot(data, view.head, self.origin, find_key)
+        if self._last_slot is None or name > self._last_slot[0]:
+            self._last_slot = name, data
+        return slot
 
     def _find_key(self, key_id: bytes) -> Vkey | None:
         return self._read(lambda view: view.find_key(key_id))
@@ -365,8 +378,8 @@ class Log:
         old = self._view.head
         fresh = View.empty(self._store, self.origin)
         try:
-            while (data := self._read_slot(fresh.head.size)) is not None:
-                fresh.extend(slots.check_slot(data, fresh.head, self.origin, fresh.find_key))
+            while (slot := self._next_slot(fresh, fresh.find_key)) is not None:
+                fresh.extend(slot)
             if fresh.head.size < old.size:
                 raise IntegrityError(
                     f"the slots hold {fresh.head.size} entries, expected at least {old.size}",
@@ -431,34 +444,25 @@ class Log:
             )
         return vkey is not None
 
-    def _announcement(self, key: SigningKey, data: bytes) -> bytes:
+    def _newcomer(self, key: SigningKey, old: LogHead, announce: Callable[[], bytes]) -> bytes:
+        """The entry that announces a key that the log does not know."""
+        if old.size and not self._ordering.orders_writers:
+            raise UsageError(
+                f"{self._store.url}: this store cannot create a name only once, so a second writer could overwrite "
+                "what the first one wrote, and this chain has a writer with another key. Write with that key, or order "
+                "writers by etcd (ordering='etcd://host:port/prefix')",
+                kind="one_writer",
+            )
+        data = announce()
         if key.key_id(self.origin) not in slots.announced_keys(self.origin, [data]):
             raise UsageError("the entry that announces the signing key does not hold its vkey", kind="bad_entry")
         return data
 
-    def _claim(self, name: str, content: bytes) -> bool:
-        """Whether the slot is ours. A create whose answer was lost is judged by what the slot holds.
-
-        Not so one whose fsync failed: what is read back may be gone after a loss of power.
-        """
-        failure: StoreError | None = None
-        try:
-            self._store.create(name, content)
-            return True
-        except CommitConflictError:
-            pass
-        except StoreError as error:
-            if error.kind == "fsync_failed":
-                raise
-            failure = error
-        try:
-            return self._store.read(name, slots.LIMIT_BYTES) == content
-        except (NotFoundError, StoreError):
-            if failure is not None:
-                raise failure from None
-            return False  # taken, yet not there: another writer's create is under way
-        except IntegrityError:
-            return False  # not ours; refresh will say what it is
+    def _settle(self) -> None:
+        """See that the newest slot is in the store. Those before it are: their successors' writers saw to that."""
+        if self._last_slot is not None:
+            self._ordering.settle(*self._last_slot)
+            self._last_slot = None
 
     def _try_publish(self, key: SigningKey) -> None:
         """Publish derived files of a slot that is won: from here on nothing may look like a failure."""
