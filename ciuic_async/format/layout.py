@@ -9,6 +9,9 @@ from ciuic_async.errors import IntegrityError
 
 CHAIN_FILE = "ciuic.json"
 LOG_HEAD = "log/checkpoint"
+WITNESSED = "log/witnessed"
+POLICY = "log/policy.txt"
+RECEIPTS = "receipts"
 SEGMENTS = "segments"
 MANIFESTS = "manifests"
 LOCATORS = "locators"
@@ -24,10 +27,11 @@ _KNOWN = re.compile(
     "|".join(
         (
             r"ciuic\.json",
-            r"log/checkpoint",
+            r"log/(?:checkpoint|witnessed|policy\.txt)",
             rf"segments/(?P<segment>[0-9a-f]{{20}})/{_NUMBER}-{_NUMBER}\.seg",
             rf"manifests/(?P<manifest>[0-9a-f]{{20}})/(?:root|{_NUMBER})\.json",
             rf"locators/(?P<locator>[0-9a-f]{{20}})\.(?P<generation>{_NUMBER})\.json",
+            r"receipts/(?P<receipt>[0-9a-f]{20})\.(?:tlog-proof|tsr)",
             rf"log/tile/(?:entries|[0-9]|[1-5][0-9]|6[0-3])/{_GROUPS}(?:\.p/{_WIDTH})?",
             r"log/commit/(?P<slot>[0-9]{20})",
             r"tmp/[0-9a-f]{32}",
@@ -61,6 +65,16 @@ def locator(snapshot: str, generation: int) -> str:
     return f"{LOCATORS}/{snapshot}.{generation}.json"
 
 
+def receipt(snapshot: str) -> str:
+    """The proof that a snapshot's entry is in a cosigned head (C2SP tlog-proof)."""
+    return f"{RECEIPTS}/{snapshot}.tlog-proof"
+
+
+def timestamp(snapshot: str) -> str:
+    """An RFC 3161 time stamp of a head that holds a snapshot's entry."""
+    return f"{RECEIPTS}/{snapshot}.tsr"
+
+
 def slot(old_size: int) -> str:
     """The create-once name that decides who writes the entry after ``old_size`` entries."""
     return f"{SLOTS}/{old_size:020d}"
@@ -88,11 +102,11 @@ def is_temporary_of(name: str, writer: bytes) -> bool:
 
 
 def owner(name: str) -> str | None:
-    """The snapshot a segment, manifest or locator belongs to; None for other names."""
+    """The snapshot a segment, manifest, locator or receipt belongs to; None for other names."""
     match = _KNOWN.fullmatch(name)
     if not match:
         return None
-    return match["segment"] or match["manifest"] or match["locator"]
+    return match["segment"] or match["manifest"] or match["locator"] or match["receipt"]
 
 
 def locator_generation(name: str) -> int | None:

@@ -9,7 +9,7 @@ withdrawn; after it, nothing is ever taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -32,12 +32,34 @@ _REFUSED = frozenset({"enospc", "edquot", "efbig", "emfile", "enfile", "erofs", 
 
 @dataclass(frozen=True, slots=True)
 class CommitTarget:
-    """Where a snapshot goes, and under whose key. ``announce`` gives the key entry of a key the log does not know."""
+    """Where a snapshot goes, and under whose key. ``announce`` gives the key entry of a key the log does not know.
+
+    ``check_pin`` raises if the log is not the one that this user knows; ``pin`` makes what was appended known, and
+    never fails.
+    """
 
     store: Store
     log: Log
     key: SigningKey
     announce: Callable[[], bytes]
+    check_pin: Callable[[], None] = lambda: None
+    pin: Callable[[], None] = lambda: None
+
+    def append(self, build: Callable[[Log], Sequence[bytes]]) -> int:
+        """``Log.append`` under this key, between a look at the pin and its move; the log's lock is not held then."""
+
+        given: Sequence[bytes] = ()
+
+        def checked(log: Log) -> Sequence[bytes]:
+            nonlocal given
+            self.check_pin()
+            given = build(log)
+            return given
+
+        index = self.log.append(checked, self.key, announce=self.announce)
+        if given:
+            self.pin()
+        return index
 
 
 def commit(
@@ -82,7 +104,7 @@ def commit(
             claiming = True
             return [entry]
 
-        return target.log.append(before_claim, target.key, announce=target.announce)
+        return target.append(before_claim)
     except BaseException as error:
         # Once a claim was tried, its outcome may be unknown, and another reader may already count on these files.
         if not claiming or (isinstance(error, StoreError) and error.kind in _REFUSED):

@@ -58,7 +58,7 @@ def prune(target: CommitTarget, policy: Policy, common: Callable[[], Common], *,
         decide(target.log)
         sizes = _garbage(target.store, target.log, also_pruned=frozenset(decided))
         return PruneReport(tuple(decided), tuple(kept), len(sizes), sum(sizes.values()))
-    target.log.append(decide, target.key, announce=target.announce)
+    target.append(decide)
     files, freed = _sweep(target.store, _garbage(target.store, target.log)) if decided else (0, 0)
     return PruneReport(tuple(decided), tuple(kept), files, freed)
 
