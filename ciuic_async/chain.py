@@ -202,6 +202,11 @@ class SnapshotChain:
             proof.check_inclusion(index, size, self._log.leaf_hash(index), path, root)
             return receipt.Receipt(index, tuple(path), data, self._log.entry_bytes(index)).encode()
 
+    def entry_bytes(self, index: int) -> bytes:
+        """One entry as it stands in the log, verified. Errors as ``Log.entry_bytes``."""
+        self._refresh()
+        return self._log.entry_bytes(index)
+
     def head_note(self) -> bytes:
         """The log head, a signed note, as the store shows it. Checked to be one of this log.
 

@@ -1,8 +1,8 @@
 """A chain that goes on elsewhere under a name of its own: ``ciuic chain fork``.
 
 The way out for a run that was copied, or whose key was lost: the new chain has a new origin and begins with an entry
-that quotes the old one's last head. Every living snapshot is carried over, with all that it needs; the old chain is only
-read. What the pin says of the old one is not asked: that it contradicts the pin is a reason to fork.
+that quotes the old one's last head. Every living snapshot is carried over, with all that it needs; the old chain is
+only read. What the pin says of the old one is not asked: that it contradicts the pin is a reason to fork.
 
 Snapshots keep their ids, so that manifests and segments are the same bytes. Their entries are made anew, since parents
 are named by leaf hashes: first those on the line, then those that a rollback abandoned, then a rollback to the latest.

@@ -46,9 +46,8 @@ def _policy(args: argparse.Namespace) -> int:
     with SnapshotChain(args.chain, create=False) as chain:
         origin = chain.origin
         known = [vkey for vkey in map(note.parse_vkey, chain.keys()) if vkey.kind == note.ED25519]
-        since = {
-            entry["vkey"]: (entry["index"], entry["created"]) for entry in reversed(chain.log()) if "vkey" in entry
-        }
+        keys = [entry for entry in chain.log() if "vkey" in entry]
+    since = {entry["vkey"]: (entry["index"], entry["created"]) for entry in reversed(keys)}
     lines = [f"# Who may write {origin}. Leave out what you do not trust: any key may announce itself.\n"]
     for vkey in known:
         index, created = since.get(str(vkey), ("?", "?"))
@@ -73,7 +72,8 @@ def _repin(args: argparse.Namespace) -> int:
         kept = pins.replace(chain.origin, head)
         size, _ = note.parse_head(note.parse(head, "head").text, chain.origin, "head")
         here = chain.signing_key()
-        noted = here is not None and here[0] in chain.keys()
+        known = chain.keys()
+        noted = here is not None and here[0] in known
         if noted:
             before = "" if kept is None else ", in the place of another"
             chain.note(f"repinned at {size} entries{before}: {args.reason}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from contextlib import closing
 
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.cli.output import Subparsers, add_command, print_json, text
@@ -12,7 +11,6 @@ from ciuic_async.errors import IntegrityError, UsageError
 from ciuic_async.format import entry as entries_format
 from ciuic_async.format.entry import SnapshotEntry
 from ciuic_async.transparency import note, receipt
-from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.policy import Policy, read_text_file
 from ciuic_async.transparency.receipt import Receipt
 from ciuic_async.trust import parse_keys
@@ -117,10 +115,8 @@ def _entry(args: argparse.Namespace, found: Receipt) -> bytes:
         return found.extra
     if os.path.isfile(args.entry):
         return read_text_file(args.entry, entries_format.LIMIT_BYTES, "entry")
-    with SnapshotChain(args.entry, create=False) as chain, closing(chain.store) as store:
-        log = Log(store, chain.origin)
-        log.refresh()
-        return log.entry_bytes(found.index)
+    with SnapshotChain(args.entry, create=False) as chain:
+        return chain.entry_bytes(found.index)
 
 
 def _write_new(path: str, data: bytes) -> None:

@@ -80,7 +80,7 @@ def rescue(charge: Charge, slot: HeldSlot | None, tried: list[str] | None = None
             wanted = {handover.request.snapshot, *tried}
             snapshot = _finished(chain, handover, wanted) or _persist(chain, charge, slot, handover, tried)
     except CiuicError as error:
-        return Outcome(slot, None, header.step, str(error), final=error.kind == _SUPERSEDED)
+        return Outcome(slot, None, header.step, str(error), final=error.kind in _FINAL)
     except Exception as error:
         return Outcome(slot, None, header.step, f"{type(error).__name__}: {error}", final=False)
     return Outcome(slot, snapshot, header.step)

@@ -203,8 +203,8 @@ def install(following: SigningKey, at: SigningKey, date: str) -> str:
         _fsync_folder(os.path.dirname(path))
     except OSError as error:
         raise UsageError(
-            f"{path}: the new key cannot be put here: {os.strerror(error.errno or 0)}; the old one goes on signing, and "
-            f"the new one is {following.path}",
+            f"{path}: the new key cannot be put here: {os.strerror(error.errno or 0)}; the old one goes on signing, "
+            f"and the new one is {following.path}",
             kind="key_not_writable",
             where=path,
         ) from error
