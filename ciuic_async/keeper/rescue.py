@@ -19,6 +19,8 @@ from ciuic_async.pipeline.persist import Persister
 from ciuic_async.staging.slot_header import STAGED
 
 _SUPERSEDED = "superseded"
+_FINAL = frozenset({_SUPERSEDED, "pin_rollback", "pin_fork", "pin_malformed"})
+"""Kinds of failures that trying again cannot change: another history is there than the one that was trained on."""
 
 
 @dataclass(frozen=True, slots=True)
