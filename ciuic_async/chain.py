@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
 from ciuic_async.arguments import check_tag, check_text
 from ciuic_async.errors import CommitConflictError, NotFoundError, UsageError
-from ciuic_async.events import Listener
+from ciuic_async.events import Listener, logger
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
 from ciuic_async.format.chain_file import ChainFile
@@ -29,12 +30,23 @@ from ciuic_async.snapshot import Snapshot
 from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.resolve import resolve as resolve_store
-from ciuic_async.transparency import keys
+from ciuic_async.transparency import keys, note, proof, receipt
+from ciuic_async.transparency import policy as trust_policy
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
+from ciuic_async.transparency.note import Vkey
+from ciuic_async.transparency.pins import Pins, extends
 from ciuic_async.verify import VerifyReport, verify_store
 
 __all__ = ["Snapshot", "SnapshotChain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """What a new chain goes on from: the last log head of that one, the whole note, and its parameters."""
+
+    head: str
+    file: ChainFile
 
 
 class SnapshotChain:
@@ -46,6 +58,11 @@ class SnapshotChain:
             written by any reading method.
         key: the signing key for writing: a path, or the secret itself; default ``CIUIC_KEY``, else the user's own.
         run: id of the training run that entries name; drawn at random if not given.
+        previous: for a new chain that goes on where another ended.
+
+    When the log is first read, and before anything is written, it is compared with the user's pin, if there is one: a
+    log that was rolled back or rewritten since is an IntegrityError (kind ``pin_rollback``, ``pin_fork``). What is
+    written is pinned.
 
     Usable from several threads. Close it, or use it as a context manager, to give back its descriptors.
     """
@@ -57,8 +74,12 @@ class SnapshotChain:
         create: bool = True,
         key: str | os.PathLike[str] | None = None,
         run: str | None = None,
+        previous: Previous | None = None,
     ) -> None:
         self._store = resolve_store(url)
+        self._previous = previous
+        self._pins = Pins.of_user()
+        self._knows_pin = False
         self._key_source = key
         self._key: SigningKey | None = None
         self._run = run or layout.new_id()
@@ -94,17 +115,17 @@ class SnapshotChain:
         return self._run
 
     def __iter__(self) -> Iterator[Snapshot]:
-        self._log.refresh()
+        self._refresh()
         names, named = parents(self._log), tags(self._log)
         return iter([Snapshot(self._store, self._log, line, names, named) for line in live_snapshots(self._log)])
 
     def __len__(self) -> int:
-        self._log.refresh()
+        self._refresh()
         return len(live_snapshots(self._log))
 
     def latest(self) -> Snapshot | None:
         """The snapshot that training goes on from: the newest, or what was rolled back to; None when there is none."""
-        self._log.refresh()
+        self._refresh()
         line = next(the_line(self._log), None)
         return None if line is None else self.snapshot(line)
 
@@ -113,7 +134,7 @@ class SnapshotChain:
 
         Read from the log only as far as asked for.
         """
-        self._log.refresh()
+        self._refresh()
         return (self.snapshot(line) for line in the_line(self._log))
 
     def get(self, ref: str) -> Snapshot:
@@ -122,28 +143,93 @@ class SnapshotChain:
         Raises:
             NotFoundError: there is no such snapshot.
         """
-        self._log.refresh()
+        self._refresh()
         return self.snapshot(resolve_ref(self._log, ref))
 
-    def verify(self, deep: bool = True, level: str | None = None, *, listener: Listener | None = None) -> VerifyReport:
-        """Check the chain. Only reads; works while it is written to.
+    def verify(
+        self,
+        deep: bool = True,
+        level: str | None = None,
+        *,
+        keys: Sequence[str | os.PathLike[str] | Vkey] = (),
+        policy: trust_policy.Policy | None = None,
+        endorsed: bool = False,
+        max_age_s: float | None = None,
+        listener: Listener | None = None,
+    ) -> VerifyReport:
+        """Check the chain. Only reads, and pins what it found good; works while it is written to.
 
         Args:
             deep: read all chunk data too.
             level: stop earlier: ``"manifests"`` is what ``deep=False`` does.
+            keys: verifier keys, or files of them: one of them must have signed the log. Without them, a policy and a
+                pin nothing says who wrote it: "integrity only".
+            policy: whom else to trust, and which witnesses.
+            endorsed: entries of any other key are a problem.
+            max_age_s: a chain without a newer sign of life is a problem.
         """
-        if level not in (None, "manifests", "chunk data"):
-            raise UsageError(f"level={level!r}: expected 'manifests' or 'chunk data'")
-        return verify_store(self._store, deep=deep and level != "manifests", listener=listener)
+        return verify_store(
+            self._store,
+            deep=deep,
+            level=level,
+            keys=keys,
+            policy=policy,
+            endorsed=endorsed,
+            max_age_s=max_age_s,
+            pins=self._pins,
+            listener=listener,
+        )
+
+    def receipt(self, ref: str) -> bytes:
+        """A proof for those who do not have the chain: a snapshot's entry is in the log whose head is signed here.
+
+        The head is the newest, with whatever cosignatures of witnesses are under it; the entry comes along.
+
+        Raises:
+            NotFoundError: there is no such snapshot, or no log head that holds it yet (kind ``no_head``).
+            IntegrityError: the log head is damaged.
+        """
+        index = self.get(ref).index
+        with self._log.lock:
+            try:
+                data = self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES)
+            except NotFoundError as error:
+                raise self._no_head(ref) from error
+            known = {(self.origin, key_id): note.parse_vkey(vkey) for key_id, vkey in self._log.known_keys().items()}
+            text = note.verify(data, known, layout.LOG_HEAD).text
+            size, root = note.parse_head(text, self.origin, layout.LOG_HEAD)
+            if not index < size <= len(self._log):
+                raise self._no_head(ref)
+            path = self._log.inclusion(index, size)
+            proof.check_inclusion(index, size, self._log.leaf_hash(index), path, root)
+            return receipt.Receipt(index, tuple(path), data, self._log.entry_bytes(index)).encode()
+
+    def entry_bytes(self, index: int) -> bytes:
+        """One entry as it stands in the log, verified. Errors as ``Log.entry_bytes``."""
+        self._refresh()
+        return self._log.entry_bytes(index)
+
+    def head_note(self) -> bytes:
+        """The log head, a signed note, as the store shows it. Checked to be one of this log.
+
+        Raises:
+            NotFoundError: there is none yet.
+            IntegrityError: it is damaged, or not of this log.
+        """
+        self._log.refresh()
+        data = self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES)
+        known = {(self.origin, key_id): note.parse_vkey(vkey) for key_id, vkey in self._log.known_keys().items()}
+        note.parse_head(note.verify(data, known, layout.LOG_HEAD).text, self.origin, layout.LOG_HEAD)
+        return data
 
     def log(self) -> list[dict[str, Any]]:
         """All entries as plain data, oldest first: what ``ciuic log --json`` prints."""
-        self._log.refresh()
+        self._refresh()
         return list_entries(self._log)
 
     def keys(self) -> list[str]:
         """Verifier keys (vkeys) of everybody who signed this chain."""
-        self._log.refresh()
+        self._refresh()
         return [str(vkey) for vkey in self._log.known_keys().values()]
 
     def signing_key(self) -> tuple[str, str | None] | None:
@@ -220,6 +306,26 @@ class SnapshotChain:
 
         self._append(build)
 
+    def announce(self, key: SigningKey) -> None:
+        """Let another key sign from now on too, by an entry under the present one. Durable on return.
+
+        Raises:
+            UsageError: kind ``key_unknown``; the present key never signed this chain, so its word counts for nothing.
+        """
+        present = self._signing_key()
+
+        def build(log: Log) -> list[bytes]:
+            known = log.known_keys()
+            if present.key_id(self.origin) not in known:
+                raise UsageError(
+                    f"{self._store.url}: the key here never signed this chain: nothing to hand over", kind="key_unknown"
+                )
+            if key.key_id(self.origin) in known:
+                return []
+            return [KeyEntry(self.common(), key.vkey(self.origin)).encode()]
+
+        self._append(build)
+
     def note(self, text: str) -> None:
         """Add a remark for people to the history."""
         check_text("text", text)
@@ -234,7 +340,10 @@ class SnapshotChain:
 
     def target(self) -> CommitTarget:
         """Where and under whose key this object commits; loads or makes the key. For the engine."""
-        return CommitTarget(self._store, self._log, self._signing_key(), self._announcement)
+        key = self._signing_key()
+        if not self._knows_pin and self._pins.read(self.origin) is not None:
+            self._refresh()
+        return CommitTarget(self._store, self._log, key, self._announcement, self._check_pin, self._pin)
 
     def common(self) -> Common:
         """Who and when, for an entry made now. For the engine."""
@@ -278,8 +387,33 @@ class SnapshotChain:
         return f"SnapshotChain({self._store.url!r})"
 
     def _append(self, build: Callable[[Log], list[bytes]]) -> None:
-        target = self.target()
-        target.log.append(build, target.key, announce=target.announce)
+        self.target().append(build)
+
+    def _refresh(self) -> None:
+        """Read what is new; the first time see whether it is the log that the pin knows: from then on it only grows."""
+        self._log.refresh()
+        if not self._knows_pin:
+            self._check_pin()
+
+    def _check_pin(self) -> None:
+        self._pins.check(self.origin, self._log, lambda: self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES))
+        self._knows_pin = True
+
+    def _pin(self) -> None:
+        """Pin the log as it is known here, under the own signature. Failing at it is no failure of what was written."""
+        try:
+            head = self._log.head
+            # Every entry up to here is in a claimed slot: this is the one head that the log can have at this size.
+            text = note.head_text(self.origin, head.size, head.root)
+            signed = self._signing_key().sign(self.origin, text).encode()
+            self._pins.save(self.origin, signed, lambda size, root: extends(self._log, size, root))
+        except Exception as error:
+            logger.debug("%s: the pin could not be moved: %s", self._store.url, error)
+
+    def _no_head(self, ref: str) -> NotFoundError:
+        return NotFoundError(
+            f"{self._store.url}: no log head holds {ref} yet; the next writer makes one", kind="no_head", where=ref
+        )
 
     @property
     def _folder(self) -> str | None:
@@ -294,7 +428,10 @@ class SnapshotChain:
     def _create(self) -> bytes:
         self._store.initialize()
         with suppress(CommitConflictError):  # somebody else made it this very moment: theirs counts
-            self._store.create(layout.CHAIN_FILE, ChainFile.new().encode())
+            file = ChainFile.new()
+            if self._previous is not None:
+                file = replace(self._previous.file, origin=file.origin)
+            self._store.create(layout.CHAIN_FILE, file.encode())
         return self._store.read(layout.CHAIN_FILE, CHAIN_FILE_LIMIT_BYTES)
 
     def _signing_key(self) -> SigningKey:
@@ -305,4 +442,5 @@ class SnapshotChain:
 
     def _announcement(self) -> bytes:
         pin = self._file_reference if len(self._log) == 0 else None
-        return KeyEntry(self.common(), self._signing_key().vkey(self._file.origin), pin).encode()
+        previous = self._previous.head if self._previous is not None and pin is not None else None
+        return KeyEntry(self.common(), self._signing_key().vkey(self._file.origin), pin, previous).encode()

@@ -1,22 +1,24 @@
 """Walk a chain and check every byte of it. Reads only, imports no torch.
 
-Order: the chain's file, the log (head, slots, tiles, entries), then every snapshot that is not pruned: manifest,
-locators, and with ``deep`` all chunk data and every segment as a whole. Leftovers of crashed writers are not problems:
-they are no part of history, and gc sweeps them.
+Order: the chain's file, the log (head, slots, tiles, entries), who signed it (``trust``), then every snapshot that is
+not pruned: manifest, locators, and with ``deep`` all chunk data and every segment as a whole; receipts. Leftovers of
+crashed writers are not problems: they are no part of history, and gc sweeps them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
-from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError
+from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.events import Event, Listener, notify
 from ciuic_async.format import layout, locator
 from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
 from ciuic_async.format.chain_file import ChainFile
-from ciuic_async.format.entry import Entry, KeyEntry, PruneEntry, SnapshotEntry
+from ciuic_async.format.entry import Entry, KeyEntry, PruneEntry, RollbackEntry, SnapshotEntry, TagEntry
 from ciuic_async.format.locator import Locator, SegmentReference
 from ciuic_async.format.manifest import Manifest, dotted
 from ciuic_async.pipeline.chunks import chunk_reader
@@ -24,9 +26,30 @@ from ciuic_async.pipeline.commit import locator_generations, read_manifest, reso
 from ciuic_async.segments.reader import SegmentReader
 from ciuic_async.segments.whole import check_segment
 from ciuic_async.stores.base import Store
-from ciuic_async.transparency.audit import audit_log
+from ciuic_async.transparency import receipt
+from ciuic_async.transparency.audit import LogAudit, audit_log
+from ciuic_async.transparency.note import Vkey
+from ciuic_async.transparency.pins import Pins
+from ciuic_async.transparency.policy import LIMIT_BYTES as POLICY_LIMIT_BYTES
+from ciuic_async.transparency.policy import Policy
+from ciuic_async.transparency.receipt import Receipt
+from ciuic_async.trust import (
+    FAILED,
+    NOT_ASKED,
+    OK,
+    UNKNOWN,
+    History,
+    Level,
+    Reader,
+    Verdict,
+    check_head,
+    find_pin,
+    judge,
+    parse_keys,
+)
 
 LEVELS = ("signature", "tiles", "entries", "manifests", "chunk data")
+FURTHER = ("pinned", "witnessed", "fresh", "timestamped")
 NO_KEY = "integrity only"
 
 
@@ -47,11 +70,12 @@ class VerifyReport:
 
     Attributes:
         problems: everything that is wrong; empty means that all that was checked is as it was written.
-        level: the deepest level checked, and "integrity only": no key was given by the caller, so who wrote the chain
-            is not proven.
+        level: the deepest level reached without a gap up to "chunk data", and those of the further ones that hold;
+            "integrity only": no key came from the caller, a policy or a pin, so who wrote the chain is not proven.
         snapshots: how many were checked.
         checked_bytes: of files read.
-        notes: facts that are no problems (leftovers, unendorsed keys).
+        notes: facts that are no problems (leftovers, unendorsed keys, what could not be noticed).
+        levels: every level in order, with its state.
     """
 
     problems: tuple[Problem, ...]
@@ -59,6 +83,7 @@ class VerifyReport:
     snapshots: int
     checked_bytes: int
     notes: tuple[str, ...] = ()
+    levels: tuple[Level, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -74,10 +99,14 @@ class _Walk:
     checked_bytes: int = 0
     users: dict[str, list[str]] = field(default_factory=dict)
     """Snapshots that need a segment, by its path: it is checked as a whole for the first of them."""
+    needed: set[str] = field(default_factory=set)
+    """Segments that living snapshots need, whoever wrote them."""
 
     def report(self, error: CiuicError, *, snapshot: str = "", tensor: str = "", where: str = "") -> None:
         place = (error.where or where).partition(": ")[0]  # the file; the message has the field in it too
-        self.problems.append(Problem(error.kind, place, str(error), snapshot, tensor))
+        unpruned = error.kind == "missing" and snapshot
+        message = f"{error}, and no prune entry says that the snapshot was given up" if unpruned else str(error)
+        self.problems.append(Problem(error.kind, place, message, snapshot, tensor))
 
     def attempt(self, check: Callable[[], None], **place: str) -> bool:
         """Run one check; what it finds becomes a problem and the walk goes on."""
@@ -89,12 +118,39 @@ class _Walk:
         return True
 
 
-def verify_store(store: Store, *, deep: bool = True, listener: Listener | None = None) -> VerifyReport:
-    """Check a whole chain.
+def verify_store(
+    store: Store,
+    *,
+    deep: bool = True,
+    level: str | None = None,
+    keys: Sequence[str | os.PathLike[str] | Vkey] = (),
+    policy: Policy | None = None,
+    endorsed: bool = False,
+    max_age_s: float | None = None,
+    pins: Pins | None = None,
+    now_s: float | None = None,
+    listener: Listener | None = None,
+) -> VerifyReport:
+    """Check a whole chain. Only reads, but for the pin: that moves on to the head of a chain without problems.
+
+    Args:
+        deep: read all chunk data too.
+        level: stop earlier: ``"manifests"`` is what ``deep=False`` does.
+        keys: verifier keys of writers, or files of them: one of them must have signed the head.
+        policy: more of them, and the witnesses that count.
+        endorsed: entries of keys that are in neither are a problem.
+        max_age_s: a chain without a newer sign of life is a problem.
+        pins: the reader's; None: they are neither looked at nor moved.
+        now_s: POSIX seconds; None: the clock's.
 
     Raises:
         NotFoundError: there is no chain.
+        UsageError: a level or a key that is none.
     """
+    if level not in (None, *LEVELS[-2:]):
+        raise UsageError(f"level={level!r}: expected 'manifests' or 'chunk data'")
+    deep = deep and level != "manifests"
+    reader = Reader(parse_keys(keys), policy, endorsed, max_age_s, pins, now_s)
     walk = _Walk(store, listener)
     try:
         data = store.read(layout.CHAIN_FILE, CHAIN_FILE_LIMIT_BYTES)
@@ -113,9 +169,14 @@ def verify_store(store: Store, *, deep: bool = True, listener: Listener | None =
     except CiuicError as error:
         walk.report(error, where=layout.CHAIN_FILE)
         return _report(walk, 0, deep)
+    pin = find_pin(reader, chain.origin)
     audit = audit_log(store, chain.origin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in audit.problems]
     _check_chain_file(walk, data, chain.origin, audit.entries)
+    history = History(audit.leaf_hashes)
+    verdict = judge(store, chain.origin, audit, history, reader, pin)
+    walk.problems += [Problem(found.kind, found.where, found.message) for found in verdict.problems]
+    walk.notes += verdict.notes
     living = _check_history(walk, audit.entries, audit.leaf_hashes)
     for number, entry in enumerate(living):
         found = len(walk.problems)
@@ -123,14 +184,74 @@ def verify_store(store: Store, *, deep: bool = True, listener: Listener | None =
         if len(walk.problems) > found and _forget_given_up(walk, entry, found):
             _check_snapshot(walk, entry, deep=deep)
         notify(listener, Event("verify", entry.snapshot, entry.raw_bytes, total_bytes=number + 1))
+    _check_receipts(walk, chain.origin, audit, history)
+    _check_policy_copy(walk)
     _check_names(walk, {e.snapshot for e in audit.entries if isinstance(e, SnapshotEntry)})
     gone = _forget_pruned(walk, chain.origin, audit.entries)
-    return _report(walk, len(living) - len(gone), deep)
+    if pins is not None and verdict.may_pin and not walk.problems:
+        try:
+            pins.save(chain.origin, audit.head_file, history.had)
+        except IntegrityError as error:  # another process moved it meanwhile, to a head that contradicts this one
+            walk.report(error)
+    return _report(walk, len(living) - len(gone), deep, verdict)
 
 
-def _report(walk: _Walk, snapshots: int, deep: bool) -> VerifyReport:
-    level = f"{LEVELS[-1] if deep else LEVELS[-2]} ({NO_KEY})"
-    return VerifyReport(tuple(walk.problems), level, snapshots, walk.checked_bytes, tuple(walk.notes))
+def _report(walk: _Walk, snapshots: int, deep: bool, verdict: Verdict | None = None) -> VerifyReport:
+    failed = {_level_of(problem) for problem in walk.problems}
+    levels = [Level("signature", UNKNOWN) if verdict is None else verdict.signature]
+    if "signature" in failed:
+        levels[0] = Level("signature", FAILED, levels[0].detail)
+    for name in LEVELS[1:]:
+        if name in failed:
+            levels.append(Level(name, FAILED))
+        elif verdict is None or (name == LEVELS[-1] and not deep):
+            levels.append(Level(name, UNKNOWN if verdict is None else NOT_ASKED))
+        else:
+            levels.append(Level(name, OK))
+    further = [Level(name, UNKNOWN) for name in FURTHER] if verdict is None else verdict.further
+    further = [Level(level.name, FAILED, level.detail) if level.name in failed else level for level in further]
+    return VerifyReport(
+        tuple(walk.problems),
+        _summary(levels, further),
+        snapshots,
+        walk.checked_bytes,
+        tuple(walk.notes),
+        (*levels, *further),
+    )
+
+
+def _summary(levels: Sequence[Level], further: Sequence[Level]) -> str:
+    """One line: how deep without a gap, and what holds besides."""
+    reached = "none"
+    proven = levels[0].state == OK
+    for level in levels:
+        if level.state != OK and (level.name != LEVELS[0] or level.state == FAILED):
+            break
+        if level.state == OK or level.name != LEVELS[0]:
+            reached = level.name
+    held = [f"{level.name} {level.detail.split(',')[0]}" if level.name == "witnessed" else level.name
+            for level in further if level.state == OK]  # fmt: skip
+    return ", ".join([reached, *held]) + ("" if proven else f" ({NO_KEY})")
+
+
+def _level_of(problem: Problem) -> str:
+    """The level that a problem breaks."""
+    where, kind = problem.where, problem.kind
+    if kind.startswith("pin_"):
+        return "pinned"
+    if kind == "not_fresh":
+        return "fresh"
+    if kind in ("bad_history", "unendorsed", "not_pinned") or where.startswith("entry "):
+        return "entries"
+    if where == layout.CHAIN_FILE:
+        return "entries"
+    if where == layout.LOG_HEAD:
+        return "signature"
+    if where in (layout.WITNESSED, layout.POLICY) or where.startswith(layout.RECEIPTS + "/"):
+        return "witnessed"
+    if where.startswith("log/"):
+        return "tiles"
+    return "chunk data" if where.startswith(layout.SEGMENTS + "/") or problem.tensor else "manifests"
 
 
 def _check_chain_file(walk: _Walk, data: bytes, origin: str, history: list[Entry]) -> None:
@@ -157,37 +278,40 @@ def _check_chain_file(walk: _Walk, data: bytes, origin: str, history: list[Entry
         )
 
 
-def _check_history(walk: _Walk, history: list[Entry], leaf_hashes: list[bytes]) -> list[SnapshotEntry]:
+def _check_history(walk: _Walk, history: list[Entry], leaf_hashes: Sequence[bytes]) -> list[SnapshotEntry]:
     """Rules between entries; the snapshots that must still be there, oldest first."""
     seen: dict[str, SnapshotEntry] = {}
+    by_leaf: dict[bytes, str] = {}
     pruned: set[str] = set()
-    names: set[bytes] = set()  # by which children name their parents
+
+    def bad(index: int, message: str) -> None:
+        walk.problems.append(Problem("bad_history", f"entry {index}", f"entry {index}: {message}"))
+
     for index, entry in enumerate(history):
-        if isinstance(entry, SnapshotEntry):
-            if entry.snapshot in seen:
-                walk.problems.append(
-                    Problem("bad_history", f"entry {index}", f"entry {index}: snapshot {entry.snapshot} twice")
-                )
-            if entry.parent is not None and entry.parent not in names:
-                walk.problems.append(
-                    Problem(
-                        "bad_history",
-                        f"entry {index}",
-                        f"entry {index}: snapshot {entry.snapshot} names the parent {entry.parent.hex()[:16]}, which "
-                        "is no snapshot before it",
-                    )
-                )
-            names.add(leaf_hashes[index])
-            seen[entry.snapshot] = entry
-        elif isinstance(entry, PruneEntry):
-            unknown = [snapshot for snapshot in entry.snapshots if snapshot not in seen]
-            if unknown:
-                walk.problems.append(
-                    Problem(
-                        "bad_history", f"entry {index}", f"entry {index}: prunes {unknown[0]}, which is not before it"
-                    )
-                )
-            pruned.update(entry.snapshots)
+        match entry:
+            case SnapshotEntry():
+                if entry.snapshot in seen:
+                    bad(index, f"snapshot {entry.snapshot} twice")
+                if entry.parent is not None and entry.parent not in by_leaf:
+                    parent = entry.parent.hex()[:16]
+                    bad(index, f"snapshot {entry.snapshot} names the parent {parent}, which is no snapshot before it")
+                seen[entry.snapshot] = entry
+                by_leaf[leaf_hashes[index]] = entry.snapshot
+            case PruneEntry():
+                unknown = [snapshot for snapshot in entry.snapshots if snapshot not in seen]
+                if unknown:
+                    bad(index, f"prunes {unknown[0]}, which is not before it")
+                pruned.update(entry.snapshots)
+            case RollbackEntry():
+                target = by_leaf.get(entry.target)
+                if target is None:
+                    bad(index, f"rolls back to {entry.target.hex()[:16]}, which is no snapshot before it")
+                elif target in pruned:
+                    bad(index, f"rolls back to {target}, which was pruned before it")
+            case TagEntry(snapshot=str(snapshot)) if snapshot not in seen:
+                bad(index, f"gives a tag to {snapshot}, which is not before it")
+            case _:
+                pass
     return [entry for snapshot, entry in seen.items() if snapshot not in pruned]
 
 
@@ -207,7 +331,7 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
         return
     if not generations:
         name = layout.locator(entry.snapshot, 0)
-        walk.problems.append(Problem("missing", name, f"{name}: is missing", entry.snapshot))
+        walk.report(IntegrityError(f"{name}: is missing", kind="missing", where=name), snapshot=entry.snapshot)
     for generation in generations:
         name = layout.locator(entry.snapshot, generation)
         try:
@@ -218,6 +342,7 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
     if newest is None:
         return
     names = _tensor_names(content)
+    walk.needed.update(segment.path for segment in newest.segments())
     for segment in newest.segments():
         hit = next((names.get(c, "") for c, place in newest.chunks.items() if place.segment == segment), "")
         walk.attempt(
@@ -327,6 +452,55 @@ def _read(reader: SegmentReader, chunk: bytes, size: int, place: locator.ChunkLo
     reader.read_chunk(chunk, size, place)
 
 
+def _check_receipts(walk: _Walk, origin: str, audit: LogAudit, history: History) -> None:
+    """Every receipt that is there is of its snapshot, under a head that this log had.
+
+    Each is read twice, so that one is in memory at a time and all roots are found in one pass.
+    """
+    places = {e.snapshot: index for index, e in enumerate(audit.entries) if isinstance(e, SnapshotEntry)}
+    sizes: dict[str, int] = {}
+
+    def read(owner: str) -> Receipt:
+        name = layout.receipt(owner)
+        return Receipt.decode(walk.store.read(name, receipt.LIMIT_BYTES), name)
+
+    def look(owner: str) -> None:
+        with suppress(NotFoundError):  # it was swept since it was listed
+            sizes[owner] = read(owner).claimed_head(origin, layout.receipt(owner)).size
+
+    def check(owner: str) -> None:
+        with suppress(NotFoundError):
+            name, index, found = layout.receipt(owner), places[owner], read(owner)
+            head = check_head(found.head, origin, audit, history, name).head
+            if found.index != index:
+                raise IntegrityError(
+                    f"{name}: a receipt of entry {found.index}, the snapshot's is entry {index}",
+                    kind="proof_invalid",
+                    where=name,
+                )
+            receipt.check_leaf(found, history.leaf_hash(index), head, name)
+
+    for file in walk.store.list(layout.RECEIPTS):
+        owner = layout.owner(file.name)
+        if owner in places and file.name == layout.receipt(owner):
+            walk.attempt(lambda owner=owner: look(owner), snapshot=owner, where=file.name)  # type: ignore[misc]
+    history.prepare(sizes.values())
+    for owner in sizes:
+        walk.attempt(lambda owner=owner: check(owner), snapshot=owner, where=layout.receipt(owner))  # type: ignore[misc]
+
+
+def _check_policy_copy(walk: _Walk) -> None:
+    """``log/policy.txt`` can be read. It is never trusted: whoever writes the store writes it."""
+    try:
+        Policy.parse(walk.store.read(layout.POLICY, POLICY_LIMIT_BYTES), layout.POLICY)
+    except NotFoundError:
+        return
+    except CiuicError as error:
+        walk.report(error, where=layout.POLICY)
+        return
+    walk.notes.append(f"{layout.POLICY} is a copy for convenience: nothing in it was trusted")
+
+
 def _check_names(walk: _Walk, claimed: set[str]) -> None:
     """Files that the format does not know, and leftovers that are no part of history."""
     leftovers = 0
@@ -339,7 +513,7 @@ def _check_names(walk: _Walk, claimed: set[str]) -> None:
             )
             continue
         owner = layout.owner(file.name)
-        if owner is not None and owner not in claimed:
+        if owner is not None and owner not in claimed and file.name not in walk.needed:
             leftovers += 1
     if leftovers:
         walk.notes.append(f"{leftovers} files of snapshots that never became part of the chain; gc sweeps them")

@@ -1,15 +1,16 @@
-"""``ciuic chain``: the log itself, its witnesses and its readers."""
+"""``ciuic chain``: whom to trust with a chain, its witnesses and readers, and the ways out when a pin says no."""
 
 from __future__ import annotations
 
-from ciuic_async.cli import chain_witness
+from ciuic_async.cli import chain_policy, chain_timestamp, chain_witness
 from ciuic_async.cli.output import Subparsers
 
-ACTIONS = (chain_witness,)
+ACTIONS = (chain_policy, chain_timestamp, chain_witness)
+"""Modules whose ``add_parser`` adds actions."""
 
 
 def add_parser(commands: Subparsers) -> None:
-    parser = commands.add_parser("chain", help="Witness or serve the log of a chain.")
+    parser = commands.add_parser("chain", help="Policies, pins, forks, witnesses, time stamps; serve a chain's log.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for module in ACTIONS:
         module.add_parser(actions)

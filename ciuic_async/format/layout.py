@@ -10,6 +10,7 @@ from ciuic_async.errors import IntegrityError
 CHAIN_FILE = "ciuic.json"
 LOG_HEAD = "log/checkpoint"
 WITNESSED = "log/witnessed"
+POLICY = "log/policy.txt"
 RECEIPTS = "receipts"
 SEGMENTS = "segments"
 MANIFESTS = "manifests"
@@ -26,9 +27,7 @@ _KNOWN = re.compile(
     "|".join(
         (
             r"ciuic\.json",
-            r"log/checkpoint",
-            r"log/witnessed",
-            r"receipts/(?P<receipt>[0-9a-f]{20})\.tlog-proof",
+            r"log/(?:checkpoint|witnessed|policy\.txt)",
             rf"segments/(?P<segment>[0-9a-f]{{20}})/{_NUMBER}-{_NUMBER}\.seg",
             rf"manifests/(?P<manifest>[0-9a-f]{{20}})/(?:root|{_NUMBER})\.json",
             rf"locators/(?P<locator>[0-9a-f]{{20}})\.(?P<generation>{_NUMBER})\.json",

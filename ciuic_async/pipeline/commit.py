@@ -9,7 +9,7 @@ withdrawn; after it, nothing is ever taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -29,15 +29,39 @@ from ciuic_async.transparency.log import Log
 _REFUSED = frozenset({"enospc", "edquot", "efbig", "emfile", "enfile", "erofs", "eacces", "eperm"})
 """Errors of a claim that a local disk gives before it does anything: nothing was claimed, and nothing will be."""
 
+_COPY_BYTES = 4 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class CommitTarget:
-    """Where a snapshot goes, and under whose key. ``announce`` gives the key entry of a key the log does not know."""
+    """Where a snapshot goes, and under whose key. ``announce`` gives the key entry of a key the log does not know.
+
+    ``check_pin`` raises if the log is not the one that this user knows; ``pin`` makes what was appended known, and
+    never fails.
+    """
 
     store: Store
     log: Log
     key: SigningKey
     announce: Callable[[], bytes]
+    check_pin: Callable[[], None] = lambda: None
+    pin: Callable[[], None] = lambda: None
+
+    def append(self, build: Callable[[Log], Sequence[bytes]]) -> int:
+        """``Log.append`` under this key, between a look at the pin and its move; the log's lock is not held then."""
+
+        given: Sequence[bytes] = ()
+
+        def checked(log: Log) -> Sequence[bytes]:
+            nonlocal given
+            self.check_pin()
+            given = build(log)
+            return given
+
+        index = self.log.append(checked, self.key, announce=self.announce)
+        if given:
+            self.pin()
+        return index
 
 
 def commit(
@@ -82,7 +106,7 @@ def commit(
             claiming = True
             return [entry]
 
-        return target.log.append(before_claim, target.key, announce=target.announce)
+        return target.append(before_claim)
     except BaseException as error:
         # Once a claim was tried, its outcome may be unknown, and another reader may already count on these files.
         if not claiming or (isinstance(error, StoreError) and error.kind in _REFUSED):
@@ -95,6 +119,30 @@ def publish_rewritten(store: Store, written: FinishedSegments, where: Locator, p
     _publish(store, list(written.files), published)
     name = layout.locator(where.snapshot, where.generation)
     _publish(store, _filled(store, [(name, where.encode())]), published)
+
+
+def publish_copies(
+    source: Store, store: Store, names: Sequence[tuple[str, int]], contents: list[tuple[str, bytes]]
+) -> None:
+    """Publish copies of another chain's files (name and size), then ``contents``; unchecked, in bounded memory.
+
+    Raises:
+        IntegrityError: kind ``truncated`` or ``missing``; one is shorter than it should be, or is not there.
+    """
+    buffer = memoryview(bytearray(_COPY_BYTES))
+    for name, size_bytes in names:
+        file = store.begin(name)
+        try:
+            for start in range(0, size_bytes, _COPY_BYTES):
+                part = buffer[: min(_COPY_BYTES, size_bytes - start)]
+                source.read_into(name, start, part)
+                file.write(part)
+            store.publish([file])
+        except NotFoundError as error:
+            raise IntegrityError(f"{name}: is missing", kind="missing", where=name) from error
+        finally:
+            file.discard()
+    store.publish(_filled(store, contents))
 
 
 def _publish(store: Store, files: list[Unpublished], published: list[str]) -> None:

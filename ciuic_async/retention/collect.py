@@ -117,7 +117,7 @@ def prune(
             return [NoteEntry(common(), MOVED_NOTE).encode()]
         return [PruneEntry(common(), group, what).encode() for group in groups]
 
-    log.append(entries, target.key, announce=target.announce)
+    target.append(entries)
     garbage = _garbage(store, log, counted_from=newest if claimed else {})
     _sweep(store, garbage)
     return decision.report(garbage, moved_bytes)

@@ -10,6 +10,7 @@ Tiles and head *behind* the slots are no problem: a writer died in between, and 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -48,6 +49,10 @@ class LogAudit:
     """The keys that the log announces, by key ID."""
     head: LogHead | None = None
     """The log head, if it is signed by a key of the log and right."""
+    head_file: bytes = b""
+    """The file of that head."""
+    written: Counter[Vkey] = field(default_factory=Counter)
+    """How many entries each key signed, as far as their slots are good."""
 
 
 def audit(store: Store, origin: str) -> Iterator[Problem]:
@@ -104,6 +109,7 @@ class _Audit:
             slot = self._next_slot()
             if slot is not None:
                 self._add(slot.entries)
+                self.result.written[slot.signer] += len(slot.entries)
                 continue
             size = len(self.raw)
             later = next((number for number in listed if number > size), None)
@@ -211,7 +217,7 @@ class _Audit:
                 f"signed for another history: its root at {claimed.size} entries is not that of the slots",
             )
         else:
-            self.result.head = claimed
+            self.result.head, self.result.head_file = claimed, data
 
     def _root_at(self, size: int) -> bytes:
         if size not in self.roots:
