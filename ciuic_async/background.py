@@ -250,6 +250,7 @@ class BackgroundWriter:
             digests = tuple(b"" if number in remembered else own for number, own in enumerate(persisted.digests))
             self._kept = InMemory(job.request.snapshot, job.request.plan, digests, retained)
         self.parent = persisted.as_parent()
+        self._chain.await_witnesses(persisted.index + 1)
         self._durable(job, persisted, time.perf_counter() - job.staged_s)
         self._tidy()
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
 from ciuic_async.arguments import check_tag, check_text
-from ciuic_async.errors import CommitConflictError, NotFoundError, UsageError
+from ciuic_async.errors import CiuicError, CommitConflictError, NotFoundError, UsageError
 from ciuic_async.events import Listener, logger
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
@@ -32,13 +32,18 @@ from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.resolve import resolve as resolve_store
 from ciuic_async.transparency import keys, note, proof, receipt
 from ciuic_async.transparency import policy as trust_policy
+from ciuic_async.transparency.cosigning import WitnessStatus
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import Vkey
+from ciuic_async.transparency.ordering import parse as parse_ordering
 from ciuic_async.transparency.pins import Pins, extends
+from ciuic_async.transparency.witnessing import Trust, Witnessing
 from ciuic_async.verify import VerifyReport, verify_store
 
 __all__ = ["Snapshot", "SnapshotChain"]
+
+ORDERING_ENVIRONMENT = "CIUIC_ORDERING"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,12 @@ class SnapshotChain:
             written by any reading method.
         key: the signing key for writing: a path, or the secret itself; default ``CIUIC_KEY``, else the user's own.
         run: id of the training run that entries name; drawn at random if not given.
+        ordering: who decides who writes the next entry: ``"local"`` or ``"object-store"``, the place itself by creating
+            names once; or ``"etcd://host:port,host:port/prefix"``. Default ``CIUIC_ORDERING``, else the place. All
+            writers of a chain name the same.
+        trust: ``{"policy": path or text, "witnesses": "async" | "required", "max_age": "1h"}``: the witnesses of the
+            policy (C2SP tlog-policy) are asked to cosign what is written here, in the background; ``"required"``: a
+            snapshot counts as durable when a quorum has. ``verify`` goes by the same policy.
         previous: for a new chain that goes on where another ended.
 
     When the log is first read, and before anything is written, it is compared with the user's pin, if there is one: a
@@ -74,8 +85,12 @@ class SnapshotChain:
         create: bool = True,
         key: str | os.PathLike[str] | None = None,
         run: str | None = None,
+        ordering: str | None = None,
+        trust: Mapping[str, object] | None = None,
         previous: Previous | None = None,
     ) -> None:
+        self._trust = None if trust is None else Trust.parse(trust)
+        self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
         self._store = resolve_store(url)
         self._previous = previous
         self._pins = Pins.of_user()
@@ -95,7 +110,8 @@ class SnapshotChain:
             data = self._create()
         self._file = ChainFile.decode(data)
         self._file_reference = FileReference(layout.CHAIN_FILE, sha256(data).digest(), len(data))
-        self._log = Log(self._store, self._file.origin)
+        self._log = self._open_log()
+        self._witnessing: Witnessing | None = None
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -164,18 +180,19 @@ class SnapshotChain:
             level: stop earlier: ``"manifests"`` is what ``deep=False`` does.
             keys: verifier keys, or files of them: one of them must have signed the log. Without them, a policy and a
                 pin nothing says who wrote it: "integrity only".
-            policy: whom else to trust, and which witnesses.
+            policy: whom else to trust, and which witnesses; default that of ``trust``.
             endorsed: entries of any other key are a problem.
             max_age_s: a chain without a newer sign of life is a problem.
         """
+        own = self._trust
         return verify_store(
             self._store,
             deep=deep,
             level=level,
             keys=keys,
-            policy=policy,
+            policy=policy or (None if own is None else own.policy),
             endorsed=endorsed,
-            max_age_s=max_age_s,
+            max_age_s=max_age_s if own is None or max_age_s is not None else own.max_age_s,
             pins=self._pins,
             listener=listener,
         )
@@ -343,7 +360,22 @@ class SnapshotChain:
         key = self._signing_key()
         if not self._knows_pin and self._pins.read(self.origin) is not None:
             self._refresh()
-        return CommitTarget(self._store, self._log, key, self._announcement, self._check_pin, self._pin)
+        return CommitTarget(self._store, self._log, key, self._announcement, self._check_pin, self._appended)
+
+    def await_witnesses(self, size: int) -> None:
+        """Where witnesses are required: wait until a quorum has signed the log up to ``size`` entries. For the engine.
+
+        Raises:
+            SaveFailedError: kind ``not_witnessed``; the entries stay.
+        """
+        witnessing = self._witnesses()
+        if witnessing is not None and witnessing.required:
+            witnessing.committed(size)
+
+    def witness_status(self) -> tuple[WitnessStatus, ...]:
+        """What is known of each witness that is asked for cosignatures; empty without ``trust``."""
+        witnessing = self._witnesses()
+        return () if witnessing is None else tuple(witnessing.cosigner.status())
 
     def common(self) -> Common:
         """Who and when, for an entry made now. For the engine."""
@@ -374,7 +406,11 @@ class SnapshotChain:
         return self._store
 
     def close(self) -> None:
-        """Give back descriptors. Idempotent."""
+        """End what asks witnesses, and give back descriptors. Idempotent; waits 5 s at most."""
+        with self._mutex:
+            witnessing, self._witnessing = self._witnessing, None
+        if witnessing is not None:
+            witnessing.close()
         self._store.close()
 
     def __enter__(self) -> SnapshotChain:
@@ -388,6 +424,27 @@ class SnapshotChain:
 
     def _append(self, build: Callable[[Log], list[bytes]]) -> None:
         self.target().append(build)
+        self.await_witnesses(len(self._log))
+
+    def _open_log(self) -> Log:
+        return Log(self._store, self._file.origin, parse_ordering(self.ordering, self._store, self._file.origin))
+
+    def _witnesses(self) -> Witnessing | None:
+        """Who asks the witnesses; made with the first use."""
+        if self._trust is None:
+            return None
+        with self._mutex:
+            if self._witnessing is None:
+                self._witnessing = self._trust.witnessing(self._store, self._open_log())
+            return self._witnessing
+
+    def _appended(self) -> None:
+        """After a commit: pin it, and let witnesses know. Fails at nothing, waits for nobody."""
+        self._pin()
+        with suppress(CiuicError):
+            witnessing = self._witnesses()
+            if witnessing is not None:
+                witnessing.cosigner.notice()
 
     def _refresh(self) -> None:
         """Read what is new; the first time see whether it is the log that the pin knows: from then on it only grows."""

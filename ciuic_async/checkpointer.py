@@ -144,8 +144,7 @@ class Checkpointer:
         if keeper:
             with suppress(CiuicError):  # what is wrong with the log shows when something is saved or restored
                 target.log.refresh()  # what it has by now is no sign that training went on without us
-            store = self._chain.store
-            self._keeper = Keeper(Charge(store.url, self._chain.origin, self._chain.secret, self._chain.run, codec))
+            self._keeper = Keeper(_charge(self._chain, codec))
         self._pool = SlotPool(self._keeper)
         persister = Persister(target, self._chain.file, encoder, self._chain.run)
         self._writer = BackgroundWriter(self._chain, persister, self._pool, keep, listener)
@@ -441,6 +440,10 @@ class Checkpointer:
     def _inert(self) -> bool:
         """Whether this is a forked child: writer and slots belong to the parent, nothing may be touched."""
         return os.getpid() != self._owner_pid
+
+
+def _charge(chain: SnapshotChain, codec: str) -> Charge:
+    return Charge(chain.store.url, chain.origin, chain.secret, chain.run, codec, chain.ordering)
 
 
 def _report(schedule: Schedule, writer: BackgroundWriter, began_s: float, pending: PendingSnapshot) -> None:

@@ -72,6 +72,7 @@ def save(
         )
         with closing(Persister(chain.target(), chain.file, encoder, chain.run)) as persister:
             done = persister.persist(request, _windows(captured), lambda window: None, keeps_memory=False)
+        chain.await_witnesses(done.index + 1)
         return chain.snapshot(Line(done.index, done.entry, done.leaf_hash))
 
 

@@ -179,6 +179,7 @@ class Keeper:
                 "secret": charge.secret,
                 "run": charge.run,
                 "codec": charge.codec,
+                "ordering": charge.ordering,
                 "grace_s": KEEPER.grace_s,
             }
         )

@@ -78,7 +78,9 @@ class _Keeper:
         self._listener = listener
         self._address = Path(hello["address"])
         self._link_open = True
-        self._charge = Charge(hello["url"], hello["origin"], hello["secret"], hello["run"], hello["codec"])
+        self._charge = Charge(
+            hello["url"], hello["origin"], hello["secret"], hello["run"], hello["codec"], hello["ordering"]
+        )
         self._grace_s = float(hello["grace_s"])
         self._slots: dict[int, int] = {}  # number of a slot -> descriptor
         self._dismissed = False  # the trainer ended in order

@@ -32,6 +32,7 @@ class Charge:
     secret: str = field(repr=False)
     run: str
     codec: str
+    ordering: str = "local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,9 @@ def rescue(charge: Charge, slot: HeldSlot | None, tried: list[str] | None = None
     except IntegrityError as error:
         return Outcome(slot, None, header.step, str(error))
     try:
-        with SnapshotChain(charge.url, create=False, key=charge.secret, run=charge.run) as chain:
+        with SnapshotChain(
+            charge.url, create=False, key=charge.secret, run=charge.run, ordering=charge.ordering
+        ) as chain:
             _check_history(chain, charge, handover)
             wanted = {handover.request.snapshot, *tried}
             snapshot = _finished(chain, handover, wanted) or _persist(chain, charge, slot, handover, tried)

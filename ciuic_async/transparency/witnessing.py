@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ciuic_async.errors import SaveFailedError, UsageError
 from ciuic_async.stores.base import Store
-from ciuic_async.transparency.cosigning import Cosigner, Pace, Quorum
+from ciuic_async.transparency.cosigning import Cosigner, Pace
 from ciuic_async.transparency.log import Log
-from ciuic_async.transparency.note import Vkey
+from ciuic_async.transparency.policy import Policy
 
 _DURATION = re.compile(r"([1-9][0-9]{0,8})([smhd])")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -53,50 +54,60 @@ class Witnessing:
         self.cosigner.close(timeout_s)
 
 
-def from_trust(
-    trust: Mapping[str, object],
-    store: Store,
-    log: Log,
-    *,
-    witnesses: Sequence[tuple[str, Vkey, str | None]],
-    quorum: Quorum,
-    timeout_s: float = 30.0,
-) -> Witnessing | None:
-    """What the option ``trust={"policy": ..., "witnesses": "async"|"required", "max_age": "1h"}`` asks for.
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The option ``trust={"policy": path or text, "witnesses": "async" | "required", "max_age": "1h"}``.
 
-    Args:
-        log: an object of its own (see ``Cosigner``).
-        witnesses, quorum: of the policy. None is asked that has no URL.
-        timeout_s: for ``"required"``.
-
-    Returns:
-        None where the policy has no witness that can be asked.
-
-    Raises:
-        UsageError: an unknown setting, or witnesses are required and no quorum of them can be asked.
+    Attributes:
+        required: what is written counts as durable only when a quorum of the policy's witnesses has signed it.
+        max_age_s: cosignatures are renewed before they are that old; ``verify`` asks for none that is older.
     """
-    unknown = set(trust) - {"policy", "witnesses", "max_age"}
-    mode = trust.get("witnesses", "async")
-    if unknown or mode not in ("async", "required"):
-        raise UsageError(
-            f"trust: expected 'policy', 'witnesses' ('async' or 'required') and 'max_age', found {dict(trust)!r:.200}"
+
+    policy: Policy
+    required: bool = False
+    max_age_s: float | None = None
+
+    @classmethod
+    def parse(cls, trust: Mapping[str, object]) -> Trust:
+        """Check the option. Nothing is contacted.
+
+        Raises:
+            UsageError: an unknown setting, or witnesses are required and no quorum of them can be asked.
+            IntegrityError: kind ``policy_malformed``.
+        """
+        policy, mode = trust.get("policy"), trust.get("witnesses", "async")
+        if set(trust) - {"policy", "witnesses", "max_age"} or mode not in ("async", "required") or policy is None:
+            raise UsageError(
+                "trust: expected 'policy' (a path or the text itself), 'witnesses' ('async' or 'required') and "
+                f"'max_age', found {dict(trust)!r:.200}"
+            )
+        if not isinstance(policy, Policy):
+            text = policy if isinstance(policy, str) and "\n" in policy else None
+            policy = Policy.load(str(policy)) if text is None else Policy.parse(text.encode())
+        max_age = trust.get("max_age")
+        made = cls(policy, mode == "required", None if max_age is None else duration_s(max_age))
+        asked = {witness.vkey for witness in policy.witnesses if witness.url is not None}
+        if made.required and (policy.quorum is None or not policy.witnessed(asked).met):
+            raise UsageError(
+                "trust: witnesses are required, but the policy has no quorum, or too few witnesses with a URL for it"
+            )
+        return made
+
+    def witnessing(self, store: Store, log: Log, *, timeout_s: float = 30.0) -> Witnessing | None:
+        """Who asks the witnesses; None where none has a URL.
+
+        Args:
+            log: an object of its own (see ``Cosigner``).
+            timeout_s: for required witnesses.
+        """
+        asked = [(w.name, w.vkey, w.url) for w in self.policy.witnesses if w.url is not None]
+        if not asked:
+            return None
+        pace = Pace(refresh_s=None if self.max_age_s is None else self.max_age_s / 2)
+        cosigner = Cosigner(
+            store, log, asked, lambda signed: self.policy.witnessed(signed).met, evidence=_evidence_folder(), pace=pace
         )
-    asked = [(name, vkey, url) for name, vkey, url in witnesses if url is not None]
-    required = mode == "required"
-    if required and (quorum(set()) or not quorum({vkey for _, vkey, _ in asked})):
-        raise UsageError(
-            "trust: witnesses are required, but the policy has no quorum, or too few witnesses with a URL to meet it"
-        )
-    if not asked:
-        return None
-    max_age = trust.get("max_age")
-    refresh_s = None if max_age is None else duration_s(max_age) / 2
-    pace = Pace(refresh_s=refresh_s)
-    return Witnessing(
-        Cosigner(store, log, asked, quorum, evidence=_evidence_folder(), pace=pace),
-        required=required,
-        timeout_s=timeout_s,
-    )
+        return Witnessing(cosigner, required=self.required, timeout_s=timeout_s)
 
 
 def duration_s(value: object) -> float:

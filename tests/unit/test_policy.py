@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from ciuic_async.transparency.note import parse_vkey
 from ciuic_async.transparency.policy import Group, Policy, Witness
 
 ORIGIN = "ciuic.dev/chain/" + "0" * 32
-KEYS = [SigningKey.generate() for _ in range(7)]
+KEYS = [SigningKey.from_secret("ED25519-SECRET+" + b64encode(bytes([number] * 32)).decode()) for number in range(7)]
 LOG = KEYS[0].vkey(ORIGIN)
 W = [KEYS[number].cosigner(f"w{number}.example") for number in range(7)]
 HEAD = f"log {LOG}\n"
@@ -114,7 +115,11 @@ def test_what_could_mean_two_things_is_refused_by_line(text: str, line: int) -> 
     assert str(caught.value).startswith(f"policy.txt, line {line}:" if line else "policy.txt:")
 
 
-@pytest.mark.parametrize("data", [b"\xff\n", b"#" * (65 << 10), b"quorum none\n" + b"\n" * (64 << 10)])
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff\n", b"#" * (65 << 10), b"quorum none\n" + b"\n" * (64 << 10)],
+    ids=["not UTF-8", "long", "empty lines"],
+)
 def test_bytes_that_are_no_policy(data: bytes) -> None:
     """Not UTF-8, or more than a policy ever has: refused, unread beyond the limit."""
     with pytest.raises(IntegrityError) as caught:
