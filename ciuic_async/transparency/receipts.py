@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from ciuic_async.errors import FormatVersionError, IntegrityError, NotFoundError
+from ciuic_async.format import entry as entries_format
 from ciuic_async.format import layout
 from ciuic_async.format.entry import Entry, PruneEntry, SnapshotEntry
 from ciuic_async.stores.base import Store
@@ -17,7 +19,7 @@ from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import KeyName, Vkey
 
 _PER_TURN = 64
-_BACK = 4096
+_BACK = 1024
 """Entries before the newest head that are looked at for receipts that an earlier process could not write."""
 _HEADER = "c2sp.org/tlog-proof@v1"
 
@@ -45,6 +47,8 @@ class Receipts:
         self._first: int | None = None
         """The first entry that no earlier head covered."""
         self._next = 0
+        self._pruned: set[str] = set()
+        self._scanned = 0
 
     @property
     def behind(self) -> bool:
@@ -72,10 +76,10 @@ class Receipts:
         if not self.behind:
             return
         end = min(self._size, self._next + _PER_TURN)
-        pruned = {name for index in range(self._next, len(self._log)) for name in _pruned(self._entry(index))}
+        self._scan_prunes()
         for index in range(self._next, end):
-            entry = self._entry(index)
-            if isinstance(entry, SnapshotEntry) and entry.snapshot not in pruned:
+            entry = self._entry(index, b'"kind":"snapshot"')
+            if isinstance(entry, SnapshotEntry) and entry.snapshot not in self._pruned:
                 self._write(index, layout.receipt(entry.snapshot))
             self._next = index + 1
 
@@ -85,10 +89,20 @@ class Receipts:
         path = self._log.inclusion(index, self._size)
         self._store.overwrite(name, encode_receipt(index, path, self._note))
 
+    def _scan_prunes(self) -> None:
+        """Which snapshots need no receipt any more; each entry is looked at once."""
+        if self._next >= self._scanned:
+            self._pruned.clear()  # of snapshots that have theirs, or never will
+        for index in range(max(self._next, self._scanned), len(self._log)):
+            entry = self._entry(index, b'"kind":"prune"')
+            if isinstance(entry, PruneEntry):
+                self._pruned.update(entry.snapshots)
+        self._scanned = len(self._log)
+
     def _find_first(self, size: int) -> int:
         """Receipts are written in order: those that a process that died did not write are the newest."""
         for index in range(size - 1, max(0, size - _BACK) - 1, -1):
-            entry = self._entry(index)
+            entry = self._entry(index, b'"kind":"snapshot"')
             if isinstance(entry, SnapshotEntry) and self._store.size(layout.receipt(entry.snapshot)) is not None:
                 return index + 1
         return max(0, size - _BACK)
@@ -113,13 +127,11 @@ class Receipts:
         }
         return len(found)
 
-    def _entry(self, index: int) -> Entry | None:
-        """None for an entry that a later version wrote."""
-        try:
-            return self._log.entry(index)
-        except FormatVersionError:
+    def _entry(self, index: int, kind: bytes) -> Entry | None:
+        """An entry if it is of this kind; canonical JSON has exactly these bytes. None too for a later version's."""
+        data = self._log.entry_bytes(index)
+        if kind not in data:
             return None
-
-
-def _pruned(entry: Entry | None) -> tuple[str, ...]:
-    return entry.snapshots if isinstance(entry, PruneEntry) else ()
+        with suppress(FormatVersionError):
+            return entries_format.decode(data, index)
+        return None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import datetime
+import ipaddress
 import json
 import logging
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +20,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 import ciuic_async
 from ciuic_async.chain import SnapshotChain
@@ -138,12 +145,14 @@ def witness(place: Place, tmp_path: Path) -> Iterator[Callable[..., tuple[Addres
     running: list[CountingServer] = []
 
     def make(
-        name: str = "", state: Path | None = None, key: SigningKey | None = None
+        name: str = "", state: Path | None = None, key: SigningKey | None = None, tls: ssl.SSLContext | None = None
     ) -> tuple[Address, CountingServer]:
         name = name or f"example.org/w{len(running)}"
         logs = [note.parse_vkey(vkey) for vkey in [*place.chain.keys(), place.key.vkey(place.origin)]]
         state = state or tmp_path / f"state{len(running)}"
         server = CountingServer(Witness(state, key or SigningKey.generate(), name, logs))
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         server.start()
         running.append(server)
         return (name, server.witness.vkey, server.url), server
@@ -667,6 +676,47 @@ def test_an_answer_that_drips_is_cut_off(place: Place, cosigner: Callable) -> No
     over.set()
     thread.join(WAIT_S)
     listener.close()
+
+
+def certificate(folder: Path) -> Path:
+    """A key and its own certificate for 127.0.0.1, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "witness")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = folder / "witness.pem"
+    path.write_bytes(private + made.public_bytes(pem))
+    return path
+
+
+def test_https(
+    place: Place,
+    witness: Callable,  # type: ignore[type-arg]
+    cosigner: Callable,  # type: ignore[type-arg]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A witness behind TLS is asked if its certificate is trusted, and not otherwise."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate(tmp_path))
+    (name, vkey, url), _ = witness(tls=context)
+    address = (name, vkey, url.replace("http:", "https:"))
+    item = cosigner([address], 1)
+    item.notice()
+    assert item.settle(WAIT_S)
+    assert "CERTIFICATE_VERIFY_FAILED" in str(item.status()[0].error)
+    item.close()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "witness.pem"))
+    item = cosigner([address], 1)
+    assert item.wait(len(place.log()), WAIT_S)
 
 
 @pytest.mark.parametrize(
