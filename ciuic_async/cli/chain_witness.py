@@ -12,10 +12,9 @@ from ciuic_async.cli.output import Subparsers, add_command, print_json, text
 from ciuic_async.cli.serving import BoundedServer, Handler, Reply, parse_address, serve_until_told
 from ciuic_async.errors import UsageError
 from ciuic_async.transparency import keys, note
-from ciuic_async.transparency.note import Vkey
+from ciuic_async.transparency.policy import Policy
 from ciuic_async.transparency.witness import BODY_LIMIT_BYTES, Witness
 
-_POLICY_LIMIT_BYTES = 1 << 20
 _READ = re.compile(r"/([0-9a-f]{64})/checkpoint")
 _ADD = "/add-checkpoint"
 
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     address = parse_address(args.listen)
     logs = [note.parse_vkey(vkey) for vkey in args.log]
     if args.policy is not None:
-        logs += _policy_logs(Path(args.policy))
+        logs += Policy.load(args.policy).logs
     if not logs:
         raise UsageError("no log to cosign: give --log or --policy ('ciuic keys show CHAIN' prints a chain's key)")
     path = Path(args.state, "witness.key") if args.key == "auto" else args.key
@@ -92,16 +91,3 @@ class _WitnessHandler(Handler):
         if found is None:
             return Reply(404, b"nothing was cosigned for this log\n")
         return Reply(200, found, headers={"Cache-Control": "no-cache"})
-
-
-def _policy_logs(path: Path) -> list[Vkey]:
-    """The keys of the ``log`` lines of a policy (C2SP tlog-policy); who reads it for trust checks the rest."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_POLICY_LIMIT_BYTES + 1).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the policy cannot be read: {error}", kind="policy_unreadable") from error
-    if len(content) > _POLICY_LIMIT_BYTES:
-        raise UsageError(f"{path}: more than {_POLICY_LIMIT_BYTES} bytes", kind="policy_malformed")
-    lines = [line.split() for line in content.split("\n")]
-    return [note.parse_vkey(words[1]) for words in lines if len(words) in (2, 3) and words[0] == "log"]

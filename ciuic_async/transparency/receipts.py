@@ -5,8 +5,7 @@ C2SP tlog-proof. Derived files: any key holder makes them again.
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 
 from ciuic_async.errors import FormatVersionError, IntegrityError, NotFoundError
@@ -17,17 +16,11 @@ from ciuic_async.stores.base import Store
 from ciuic_async.transparency import note
 from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import KeyName, Vkey
+from ciuic_async.transparency.receipt import LIMIT_BYTES, Receipt
 
 _PER_TURN = 64
 _BACK = 1024
 """Entries before the newest head that are looked at for receipts that an earlier process could not write."""
-_HEADER = "c2sp.org/tlog-proof@v1"
-
-
-def encode_receipt(index: int, path: Sequence[bytes], head_note: bytes) -> bytes:
-    """A receipt: entry ``index`` is in the tree of the (cosigned) log head, by this inclusion proof."""
-    hashes = "".join(f"{base64.b64encode(item).decode()}\n" for item in path)
-    return f"{_HEADER}\nindex {index}\n{hashes}\n".encode() + head_note
 
 
 class Receipts:
@@ -86,8 +79,8 @@ class Receipts:
     def _write(self, index: int, name: str) -> None:
         if self._signatures(name) >= self._count(self._note):
             return
-        path = self._log.inclusion(index, self._size)
-        self._store.overwrite(name, encode_receipt(index, path, self._note))
+        path = tuple(self._log.inclusion(index, self._size))
+        self._store.overwrite(name, Receipt(index, path, self._note, self._log.entry_bytes(index)).encode())
 
     def _scan_prunes(self) -> None:
         """Which snapshots need no receipt any more; each entry is looked at once."""
@@ -110,10 +103,9 @@ class Receipts:
     def _signatures(self, name: str) -> int:
         """How many witnesses signed the head in an existing receipt; -1 where there is no good one."""
         try:
-            top, _, head_note = self._store.read(name, note.LIMIT_BYTES).partition(b"\n\n")
+            return self._count(Receipt.decode(self._store.read(name, LIMIT_BYTES), name).head)
         except (NotFoundError, IntegrityError):
             return -1
-        return self._count(head_note) if top.startswith(_HEADER.encode()) else -1
 
     def _count(self, head_note: bytes) -> int:
         try:

@@ -24,7 +24,7 @@ from ciuic_async.cli.chain_serve import LogServer
 from ciuic_async.cli.main import main
 from ciuic_async.errors import UsageError
 from ciuic_async.format import layout
-from ciuic_async.transparency.receipts import encode_receipt
+from ciuic_async.transparency.receipt import Receipt
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def chain(tmp_path: Path) -> Iterator[SnapshotChain]:
         chain.note("last")
         head = chain.store.read(layout.LOG_HEAD, 10_000)
         path = target.log.inclusion(newest.index)
-        chain.store.overwrite(layout.receipt(newest.id), encode_receipt(newest.index, path, head))
+        chain.store.overwrite(layout.receipt(newest.id), Receipt(newest.index, tuple(path), head).encode())
         yield chain
 
 

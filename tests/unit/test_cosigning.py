@@ -44,7 +44,7 @@ from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import Vkey
 from ciuic_async.transparency.policy import Group, Policy
 from ciuic_async.transparency.policy import Witness as PolicyWitness
-from ciuic_async.transparency.receipts import encode_receipt
+from ciuic_async.transparency.receipt import Receipt
 from ciuic_async.transparency.witness import Witness, request_body
 from ciuic_async.transparency.witnessing import Trust
 
@@ -228,8 +228,9 @@ def test_cosignatures_and_receipts_are_kept(place: Place, witness: Callable, cos
     for snapshot in ids:
         data = place.store.read(layout.receipt(snapshot), note.LIMIT_BYTES)
         top, _, signed = data.partition(b"\n\n")
-        header, index, *hashes = top.decode().split("\n")
+        header, extra, index, *hashes = top.decode().split("\n")
         assert (header, index) == ("c2sp.org/tlog-proof@v1", f"index {entries[snapshot]}")
+        assert base64.b64decode(extra.removeprefix("extra ")) == log.entry_bytes(entries[snapshot])
         parsed = note.parse(signed, "receipt")
         size, root = note.parse_head(parsed.text, place.origin, "receipt")
         path = [base64.b64decode(line) for line in hashes]
@@ -242,10 +243,10 @@ def test_cosignatures_and_receipts_are_kept(place: Place, witness: Callable, cos
 
 def test_the_bytes_of_a_receipt() -> None:
     """Header, index, hashes one a line, an empty line, the note; also where there is no hash."""
-    assert encode_receipt(7, [bytes(32)], b"note\n") == (
+    assert Receipt(7, (bytes(32),), b"note\n").encode() == (
         b"c2sp.org/tlog-proof@v1\nindex 7\n" + b"A" * 43 + b"=\n\nnote\n"
     )
-    assert encode_receipt(0, [], b"note\n") == b"c2sp.org/tlog-proof@v1\nindex 0\n\nnote\n"
+    assert Receipt(0, (), b"note\n").encode() == b"c2sp.org/tlog-proof@v1\nindex 0\n\nnote\n"
 
 
 def test_nothing_starts_before_the_first_notice(place: Place, witness: Callable, cosigner: Callable) -> None:  # type: ignore[type-arg]
