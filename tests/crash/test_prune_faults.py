@@ -154,7 +154,7 @@ def test_any_call_of_a_prune_may_fail(
     clean.calls.clear()
     assert undisturbed.prune(KeepLatest(KEPT)).moved_bytes > 0
     assert owners(clean.inner) == set(list(saved)[-KEPT:])
-    for position in spread(len(clean.calls), 20):
+    for position in spread(len(clean.calls), 12):
         kind = DyingStore if how == "dies" else FaultyStore
         faulty = kind(copy_of(store), None, after=how == "answer lost")
         chain = places.open(faulty)
@@ -193,7 +193,7 @@ def test_somebody_may_save_at_any_moment_of_a_prune(
     undisturbed = places.open(clean)
     clean.calls.clear()
     undisturbed.prune(KeepLatest(KEPT))
-    for position in spread(len(clean.calls), 20):
+    for position in spread(len(clean.calls), 12):
         shared = InterruptedStore(copy_of(store))
         chain, other = places.open(shared), places.open(shared.inner)
         shared.calls.clear()
@@ -215,7 +215,8 @@ def test_somebody_may_prune_at_any_moment_of_a_save(places: Places, then: str) -
     all saves at most one fails."""
     shared = InterruptedStore(MemoryStore())
     count = _interrupted_save(places, shared, None, then)
-    for position in spread(count, 14):
+    assert count >= 20
+    for position in spread(count, 7):
         shared = InterruptedStore(MemoryStore())
         try:
             _interrupted_save(places, shared, position, then)
@@ -257,7 +258,7 @@ def test_a_save_that_waited_goes_on_at_any_moment_of_a_prune(places: Places) -> 
     """A save stops at any call, a prune begins, stops at any of its calls, and there the save goes on to its end: what
     is durable is whole, whichever of the two claimed first."""
     saving, pruning = _both(places, None, None)
-    outcomes = [_both(places, p, q) for p in spread(saving, 5) for q in spread(pruning, 7)]
+    outcomes = [_both(places, p, q) for p in spread(saving, 4) for q in spread(pruning, 5)]
     assert outcomes.count((0, 0)) > len(outcomes) / 2, "most become durable: what was moved is followed"
 
 
