@@ -106,16 +106,30 @@ class _Index:
     living: dict[str, Line] = field(default_factory=dict)
     names: dict[bytes, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    newest: int | None = None
+    """The snapshot, pruned or not, that the line ends with; like those below by the index of its entry."""
+    before: dict[int, int | None] = field(default_factory=dict)
+    """Of every snapshot the one that the line had before it when it was new: always a smaller index."""
+    bearers: dict[int, Line] = field(default_factory=dict)
+    """Living snapshots."""
+    numbers: dict[bytes, int] = field(default_factory=dict)
+    """The last snapshot that has a leaf hash."""
 
     def add(self, number: int, entry: Entry, leaf_hash: bytes) -> None:
         match entry:
             case SnapshotEntry():
-                self.living[entry.snapshot] = Line(number, entry, leaf_hash)
+                self._forget(entry.snapshot)  # one id twice is no valid history: the last one counts
+                self.living[entry.snapshot] = self.bearers[number] = Line(number, entry, leaf_hash)
+                self.before[number], self.newest = self.newest, number
                 self.names[leaf_hash] = entry.snapshot
+                self.numbers[leaf_hash] = number
                 self.tags.update(dict.fromkeys(entry.tags, entry.snapshot))
             case PruneEntry():
                 for snapshot in entry.snapshots:
-                    self.living.pop(snapshot, None)
+                    self._forget(snapshot)
+            case RollbackEntry(target=target):
+                if (wanted := self.numbers.get(target)) in self.bearers:
+                    self.newest = wanted
             case TagEntry(name=name, snapshot=None):
                 self.tags.pop(name, None)
             case TagEntry(name=name, snapshot=str(snapshot)):
@@ -123,6 +137,28 @@ class _Index:
             case _:
                 pass
         self.size = number + 1
+
+    def line(self) -> list[Line]:
+        """What ``the_line`` gives, in the order of the log, without reading the log again."""
+        found: list[Line] = []
+        self.newest = at = self._living_from(self.newest)
+        while at is not None:
+            found.append(self.bearers[at])
+            # Pruning is final: who was passed over once need not be met again.
+            earlier = self._living_from(self.before[at])
+            self.before[at] = earlier
+            at = earlier
+        return found[::-1]
+
+    def _living_from(self, at: int | None) -> int | None:
+        while at is not None and at not in self.bearers:
+            at = self.before[at]
+        return at
+
+    def _forget(self, snapshot: str) -> None:
+        gone = self.living.pop(snapshot, None)
+        if gone is not None:
+            del self.bearers[gone.index]
 
 
 _indexes: WeakKeyDictionary[Log, _Index] = WeakKeyDictionary()
@@ -163,10 +199,11 @@ def tags(log: Log) -> dict[str, tuple[str, ...]]:
 def for_retention(log: Log) -> list[SnapshotEntry]:
     """All living snapshots for a policy, with the tags that they have now: abandoned ones first, the latest last."""
     with log.lock:
-        line = [one.entry.snapshot for one in the_line(log)][::-1]
+        line = [one.entry.snapshot for one in _index(log).line()]
         living = {one.entry.snapshot: one.entry for one in live_snapshots(log)}
         names = tags(log)
-        order = [*(snapshot for snapshot in living if snapshot not in set(line)), *line]
+        on_line = set(line)
+        order = [*(snapshot for snapshot in living if snapshot not in on_line), *line]
         return [replace(living[snapshot], tags=names.get(snapshot, ())) for snapshot in order]
 
 

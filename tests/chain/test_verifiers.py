@@ -406,6 +406,21 @@ def test_entries_are_canonical_for_rfc8785(lived: Path) -> None:
         assert rfc8785.dumps(json.loads(data)) == data
 
 
+def test_receipts_are_checked_by_the_walker(grown: Grown) -> None:
+    """Index, proof and head as tlog-proof puts them together; each part of it counts."""
+    key, entry = walker.parse_key(grown.vkey), grown.log.entry_bytes(7)
+    hashes = "".join(f"{item}\n" for item in encoded(grown.log.inclusion(7, 300)))
+    receipt = f"c2sp.org/tlog-proof@v1\nindex 7\n{hashes}\n".encode() + grown.heads[300]
+    assert walker.check_receipt(receipt, entry, key).size == 300
+    assert walker.check_receipt(receipt.replace(b"index", b"extra AAAA\nindex", 1), entry, key).size == 300
+    other_head = receipt.replace(grown.heads[300], grown.heads[257])
+    for wrong in (receipt.replace(b"index 7", b"index 8"), receipt.replace(b"index 7", b"index 700"), other_head):
+        with pytest.raises(RefusedError):
+            walker.check_receipt(wrong, entry, key)
+    with pytest.raises(RefusedError):
+        walker.check_receipt(receipt, entry + b" ", key)
+
+
 def test_cosignatures_are_checked_by_the_walker(grown: Grown) -> None:
     """A witness's line under a head holds for that head alone, and says when it was made."""
     witness = SigningKey.generate()

@@ -314,6 +314,28 @@ def _edge_root(edge: list[list[bytes]]) -> bytes:
     return root
 
 
+# --- tlog-proof -------------------------------------------------------------------------------------------------------
+
+
+def check_receipt(data: bytes, entry: bytes, key: Key) -> Head:
+    """The head that a receipt proves ``entry`` to be in."""
+    proof, separator, checkpoint = data.partition(b"\n\n")
+    lines = proof.decode("ascii").split("\n")
+    if not separator or lines.pop(0) != "c2sp.org/tlog-proof@v1":
+        raise RefusedError("no receipt")
+    if lines[0].startswith("extra "):
+        _base64(lines.pop(0).removeprefix("extra "))
+    index = re.fullmatch("index (0|[1-9][0-9]*)", lines.pop(0))
+    if index is None:
+        raise RefusedError("a receipt without an index")
+    head = read_head(checkpoint, key)
+    if int(index[1]) >= head.size:
+        raise RefusedError("a receipt of an entry beyond its head")
+    if inclusion_root(int(index[1]), head.size, leaf(entry), [_base64(line) for line in lines]) != head.root:
+        raise RefusedError("a receipt that leads to another root")
+    return head
+
+
 def main(arguments: Sequence[str]) -> int:
     """Walk the chain at ``arguments[0]``; print what was found. 1: it is refused."""
     chain, vkey, *witnesses = arguments
