@@ -83,6 +83,8 @@ class _Audit:
         self.hashes: list[list[bytes]] = [[]]
         """All hashes of each level of tiles."""
         self.slots_seen: set[str] = set()
+        self.newcomers = 0
+        """Of the slots, those whose signer is announced in them."""
 
     def run(self) -> LogAudit:
         # The head before the slots, and the slots after the listing: what writers add meanwhile is then no problem.
@@ -142,7 +144,9 @@ class _Audit:
             return None
         self.slots_seen.add(name)
         try:
-            return slots.check_slot(data, old, self.origin, self.result.keys.get)
+            slot = slots.check_slot(data, old, self.origin, self.result.keys.get)
+            self.newcomers += slot.signer.key_id not in self.result.keys
+            return slot
         except (IntegrityError, FormatVersionError) as error:
             self._problem(error.kind, name, str(error))
             return None
@@ -297,11 +301,14 @@ class _Audit:
                     self._problem("missing", name, f"the log head for {size} entries needs it")
 
     def _had_a_head(self, names: list[str]) -> bool:
-        """Whether a log head must have been there: its writer goes on to the next slot only after it.
+        """Whether a log head must have been there: a writer that the log knows goes on to the next slot only after it.
 
-        A first writer may die before it writes one; tiles of a log with several slots say that writers lived on.
+        The first writers, each with a key of its own, may all die before they write one; tiles of a log with other
+        slots say that writers lived on.
         """
-        return len(self.slots_seen) > 1 and any(name.startswith(layout.TILES + "/") for name in names)
+        return len(self.slots_seen) > max(1, self.newcomers) and any(
+            name.startswith(layout.TILES + "/") for name in names
+        )
 
     @staticmethod
     def _full_name(name: str) -> str:

@@ -325,9 +325,9 @@ class Log:
             return
         self._published, self._head_file, self._head_signers = 0, None, ()
         if data is None:
-            # A first writer that dies before its log head leaves none. Later ones write it first of all: where it came
-            # between our look at it and at the slots, nothing is damaged.
-            first = self._view.in_memory and self._view.slots == 1
+            # First writers that die before their log head leave none: whose key is new cannot write it for others.
+            # Later ones write it first of all: where it came between our look at it and at the slots, all is well.
+            first = self._view.in_memory and not self._view.slots_by_known
             if self._view.head.size and not first and self._store.size(layout.LOG_HEAD) is None:
                 self._found_damage(f"{layout.LOG_HEAD}: the log head is missing", None)
             return

@@ -31,7 +31,8 @@ class View:
         self.head = LogHead(edge.size, edge.root())
         self.memory_start = edge.size
         self.memory: list[bytes] = []
-        self.slots = 0
+        self.slots_by_known = 0
+        """Of the slots that it was extended by, those whose signer was known before."""
         self.keys: dict[bytes, Vkey] = {}
         self._full: dict[tuple[int, int], tuple[bytes, ...]] = {}
         self._tiles: OrderedDict[tuple[int, int], tuple[bytes, ...]] = OrderedDict()
@@ -69,7 +70,7 @@ class View:
         return self.memory_start == 0
 
     def extend(self, slot: Slot) -> None:
-        self.slots += 1
+        self.slots_by_known += slot.signer.key_id in self.keys
         for data in slot.entries:
             self.memory.append(data)
             for full in self.edge.append(merkle.leaf_hash(data)):

@@ -622,3 +622,23 @@ def test_writers_that_die_again_and_again_before_their_log_head_leave_no_false_a
     add(Log(store, ORIGIN), key, "last")
     assert refreshed_texts(Log(store, ORIGIN)) == ["0", "last"]
     assert not audit_log(store, ORIGIN).problems
+
+
+def test_first_writers_that_all_die_before_their_log_head_leave_no_false_alarm() -> None:
+    """Each has a new key, so none can sign a head for those before it: no head is there, and none is missed.
+
+    Once a writer whose key is known went on, a head was there: one that is gone then is missed.
+    """
+    store, keys = Flaky(), [SigningKey.generate() for _ in range(3)]
+    store.fail = failing(("overwrite", layout.LOG_HEAD))
+    for number, key in enumerate(keys):
+        add(Log(store, ORIGIN), key, str(number))
+        assert Log(store, ORIGIN).refresh().size == 2 * number + 2
+        assert not audit_log(store, ORIGIN).problems
+    store.fail = failing()
+    add(Log(store, ORIGIN), keys[0], "last")
+    assert refreshed_texts(Log(store, ORIGIN)) == ["0", "1", "2", "last"]
+    store.delete(layout.LOG_HEAD)
+    assert [problem.kind for problem in audit_log(store, ORIGIN).problems] == ["missing"]
+    with pytest.warns(CiuicWarning, match="log head is missing"):
+        Log(store, ORIGIN).refresh()
