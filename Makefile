@@ -6,6 +6,7 @@
 #   make lint    the checks without the tests
 #   make crash   every fault at every operation, 200 random kills, every bit: hours
 #   make coverage  the branches that the tests take, package by package: at least 95% or it fails: ten minutes
+#   make test-chain  logs of 70,000 entries under other people's verifiers, killed writers: minutes
 #   make test-etcd  ordering by a real etcd (apt-get install etcd-server) with killed writers and members: minutes
 #   make soak    2,000 snapshots with random faults: minutes
 #   make fuzz    hostile bytes for every reader, FUZZ_SECONDS (300) each: an hour
@@ -27,7 +28,7 @@ COVERED := format pipeline segments transparency
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := venv
-.PHONY: venv demo test lint coverage crash test-etcd soak fuzz mutations sanitize bench clean
+.PHONY: venv demo test lint coverage crash test-chain test-etcd soak fuzz mutations sanitize bench clean
 
 venv: $(STAMP)
 
@@ -68,6 +69,9 @@ crash: venv
 test-etcd: venv
 	@command -v etcd >/dev/null || { echo "there is no etcd here; on Debian: apt-get install etcd-server" >&2; exit 1; }
 	CIUIC_ETCD_ENTRIES=3000 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=1800 tests/services
+
+test-chain: venv
+	CIUIC_CRASH_LONG=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=1800 tests/chain
 
 $(FUZZ_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,fuzz]'

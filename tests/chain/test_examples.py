@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "chain.md").read_text()
 BLOCK = re.compile(r"(?:<!-- (run|trust): (\w+) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
-KINDS = ("run",)
+KINDS = ("run", "trust")
 NEEDED = ("bash", "jq", "sha256sum", "openssl")
 
 
