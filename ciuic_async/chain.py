@@ -171,6 +171,7 @@ class SnapshotChain:
         policy: trust_policy.Policy | None = None,
         endorsed: bool = False,
         max_age_s: float | None = None,
+        roots: str | os.PathLike[str] | None = None,
         listener: Listener | None = None,
     ) -> VerifyReport:
         """Check the chain. Only reads, and pins what it found good; works while it is written to.
@@ -183,6 +184,7 @@ class SnapshotChain:
             policy: whom else to trust, and which witnesses; default that of ``trust``.
             endorsed: entries of any other key are a problem.
             max_age_s: a chain without a newer sign of life is a problem.
+            roots: certificates (PEM) of the authorities whose time stamps count.
         """
         own = self._trust
         return verify_store(
@@ -194,6 +196,7 @@ class SnapshotChain:
             endorsed=endorsed,
             max_age_s=max_age_s if own is None or max_age_s is not None else own.max_age_s,
             pins=self._pins,
+            roots=roots,
             listener=listener,
         )
 

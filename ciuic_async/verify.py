@@ -27,7 +27,9 @@ from ciuic_async.segments.reader import SegmentReader
 from ciuic_async.segments.whole import check_segment
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency import receipt
+from ciuic_async.transparency.anchor import load_roots, timestamped
 from ciuic_async.transparency.audit import LogAudit, audit_log
+from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import Vkey
 from ciuic_async.transparency.pins import Pins
 from ciuic_async.transparency.policy import LIMIT_BYTES as POLICY_LIMIT_BYTES
@@ -41,6 +43,7 @@ from ciuic_async.trust import (
     History,
     Level,
     Reader,
+    Timestamps,
     Verdict,
     check_head,
     find_pin,
@@ -129,6 +132,7 @@ def verify_store(
     max_age_s: float | None = None,
     pins: Pins | None = None,
     now_s: float | None = None,
+    roots: str | os.PathLike[str] | None = None,
     listener: Listener | None = None,
 ) -> VerifyReport:
     """Check a whole chain. Only reads, but for the pin: that moves on to the head of a chain without problems.
@@ -142,6 +146,7 @@ def verify_store(
         max_age_s: a chain without a newer sign of life is a problem.
         pins: the reader's; None: they are neither looked at nor moved.
         now_s: POSIX seconds; None: the clock's.
+        roots: certificates (PEM) of the authorities whose time stamps count; None: they are not looked at.
 
     Raises:
         NotFoundError: there is no chain.
@@ -150,7 +155,8 @@ def verify_store(
     if level not in (None, *LEVELS[-2:]):
         raise UsageError(f"level={level!r}: expected 'manifests' or 'chunk data'")
     deep = deep and level != "manifests"
-    reader = Reader(parse_keys(keys), policy, endorsed, max_age_s, pins, now_s)
+    stamps = None if roots is None else _timestamps(roots)
+    reader = Reader(parse_keys(keys), policy, endorsed, max_age_s, pins, now_s, stamps)
     walk = _Walk(store, listener)
     try:
         data = store.read(layout.CHAIN_FILE, CHAIN_FILE_LIMIT_BYTES)
@@ -194,6 +200,29 @@ def verify_store(
         except IntegrityError as error:  # another process moved it meanwhile, to a head that contradicts this one
             walk.report(error)
     return _report(walk, len(living) - len(gone), deep, verdict)
+
+
+def _timestamps(roots: str | os.PathLike[str]) -> Timestamps:
+    """Judges time stamps by these roots."""
+    known = load_roots(os.fspath(roots))
+
+    def judge_stamps(store: Store, audit: LogAudit) -> Level:
+        origin = next((vkey.name for vkey in audit.keys.values()), None)
+        if origin is None:
+            return Level("timestamped", UNKNOWN, "the log announces no key")
+        refused: list[CiuicError] = []
+        try:
+            log = Log(store, origin)
+            log.refresh()
+            found = timestamped(store, log, known, refused)
+        except CiuicError as error:
+            return Level("timestamped", FAILED, str(error))
+        if found:
+            index, when = found[-1]
+            return Level("timestamped", OK, f"the log up to entry {index} existed at {when:%Y-%m-%d %H:%M:%S} UTC")
+        return Level("timestamped", FAILED, str(refused[0])) if refused else Level("timestamped", UNKNOWN, "no token")
+
+    return judge_stamps
 
 
 def _report(walk: _Walk, snapshots: int, deep: bool, verdict: Verdict | None = None) -> VerifyReport:

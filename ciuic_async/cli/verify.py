@@ -34,6 +34,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument(
         "--max-age", metavar="TIME", help="the newest sign of life may be this old at most, e.g. 90s, 30m, 1h or 2d"
     )
+    parser.add_argument("--roots", metavar="FILE", help="certificates (PEM) of the authorities whose time stamps count")
     parser.add_argument("--no-pin", action="store_true", help="neither compare with your pin of this chain nor move it")
 
 
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
                 endorsed=args.endorsed,
                 max_age_s=None if args.max_age is None else _seconds(args.max_age),
                 pins=None if args.no_pin else Pins.of_user(),
+                roots=args.roots,
                 listener=listener,
             )
     finally:

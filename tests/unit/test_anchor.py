@@ -25,6 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 import ciuic_async
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.cli import chain_timestamp
+from ciuic_async.cli.main import main
 from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError, StoreError, UsageError
 from ciuic_async.format import layout
 from ciuic_async.retention.policy import KeepLatest
@@ -439,3 +440,30 @@ def test_a_pruned_snapshot_is_not_stamped(chain: str, authority: Authority, serv
         with pytest.raises(NotFoundError) as caught:
             anchor.stamp_newest(empty.store, Log(empty.store, empty.origin), client)
     assert caught.value.kind == "no_snapshot"
+
+
+def test_verify_reaches_the_level(
+    authority: Authority, serve: Callable[[Reply], str], chain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``verify`` with the roots says when the log existed; without a token it cannot say, by other roots it does not
+    hold, and without roots nobody asked."""
+    roots, others = tmp_path / "roots.pem", tmp_path / "others.pem"
+    roots.write_bytes(authority.root.public_bytes(Encoding.PEM))
+    others.write_bytes(Authority(tmp_path / "other").root.public_bytes(Encoding.PEM))
+
+    def level(path: Path | None) -> tuple[str, str]:
+        with SnapshotChain(chain, create=False) as known:
+            report = known.verify(roots=path)
+        assert report.ok
+        found = next(one for one in report.levels if one.name == "timestamped")
+        return found.state, found.detail
+
+    assert level(None)[0] == "not asked"
+    assert level(roots) == ("unknown", "no token")
+    assert run(capsys, chain, "--tsa", serve(good(authority)), "--roots", str(roots))[0] == 0
+    state, detail = level(roots)
+    assert state == "ok"
+    assert "entry 1 existed at" in detail
+    assert level(others)[0] == "failed"
+    assert main(["verify", chain, "--roots", str(roots)]) == 0
+    assert "entry 1 existed at" in capsys.readouterr().out
