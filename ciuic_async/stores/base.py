@@ -139,7 +139,11 @@ class Store(Protocol):
         """
 
     def overwrite(self, name: str, data: Buffer) -> None:
-        """Publish ``data`` in place of what is there, atomically; durable on return."""
+        """Publish ``data`` in place of what is there, atomically; durable on return.
+
+        Only for what can be made again: the log head, tiles and bundles that are damaged, what witnesses and time stamp
+        authorities signed.
+        """
 
     def begin(self, name: str) -> Unpublished:
         """A new unpublished file that will be called ``name``."""
