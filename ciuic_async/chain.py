@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -38,6 +39,14 @@ from ciuic_async.verify import VerifyReport, verify_store
 __all__ = ["Snapshot", "SnapshotChain"]
 
 
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """What a new chain goes on from: the last log head of that one, the whole note, and its parameters."""
+
+    head: str
+    file: ChainFile
+
+
 class SnapshotChain:
     """One chain: iterates over its snapshots, oldest first.
 
@@ -47,7 +56,7 @@ class SnapshotChain:
             written by any reading method.
         key: the signing key for writing: a path, or the secret itself; default ``CIUIC_KEY``, else the user's own.
         run: id of the training run that entries name; drawn at random if not given.
-        previous: for a new chain that goes on where another ended: that one's last log head, the whole note.
+        previous: for a new chain that goes on where another ended.
 
     When the log is first read, and before anything is written, it is compared with the user's pin, if there is one: a
     log that was rolled back or rewritten since is an IntegrityError (kind ``pin_rollback``, ``pin_fork``). What is
@@ -63,7 +72,7 @@ class SnapshotChain:
         create: bool = True,
         key: str | os.PathLike[str] | None = None,
         run: str | None = None,
-        previous: str | None = None,
+        previous: Previous | None = None,
     ) -> None:
         self._store = resolve_store(url)
         self._previous = previous
@@ -193,6 +202,11 @@ class SnapshotChain:
             proof.check_inclusion(index, size, self._log.leaf_hash(index), path, root)
             return receipt.Receipt(index, tuple(path), data, self._log.entry_bytes(index)).encode()
 
+    def entry_bytes(self, index: int) -> bytes:
+        """One entry as it stands in the log, verified. Errors as ``Log.entry_bytes``."""
+        self._refresh()
+        return self._log.entry_bytes(index)
+
     def head_note(self) -> bytes:
         """The log head, a signed note, as the store shows it. Checked to be one of this log.
 
@@ -277,6 +291,26 @@ class SnapshotChain:
             if bearer is not None and bearer.entry.snapshot == wanted:
                 return []
             return [TagEntry(self.common(), name, wanted).encode()]
+
+        self._append(build)
+
+    def announce(self, key: SigningKey) -> None:
+        """Let another key sign from now on too, by an entry under the present one. Durable on return.
+
+        Raises:
+            UsageError: kind ``key_unknown``; the present key never signed this chain, so its word counts for nothing.
+        """
+        present = self._signing_key()
+
+        def build(log: Log) -> list[bytes]:
+            known = log.known_keys()
+            if present.key_id(self.origin) not in known:
+                raise UsageError(
+                    f"{self._store.url}: the key here never signed this chain: nothing to hand over", kind="key_unknown"
+                )
+            if key.key_id(self.origin) in known:
+                return []
+            return [KeyEntry(self.common(), key.vkey(self.origin)).encode()]
 
         self._append(build)
 
@@ -379,7 +413,10 @@ class SnapshotChain:
     def _create(self) -> bytes:
         self._store.initialize()
         with suppress(CommitConflictError):  # somebody else made it this very moment: theirs counts
-            self._store.create(layout.CHAIN_FILE, ChainFile.new().encode())
+            file = ChainFile.new()
+            if self._previous is not None:
+                file = replace(self._previous.file, origin=file.origin)
+            self._store.create(layout.CHAIN_FILE, file.encode())
         return self._store.read(layout.CHAIN_FILE, CHAIN_FILE_LIMIT_BYTES)
 
     def _signing_key(self) -> SigningKey:
@@ -390,7 +427,7 @@ class SnapshotChain:
 
     def _announcement(self) -> bytes:
         pin = self._file_reference if len(self._log) == 0 else None
-        previous = self._previous if pin is not None else None
+        previous = self._previous.head if self._previous is not None and pin is not None else None
         return KeyEntry(self.common(), self._signing_key().vkey(self._file.origin), pin, previous).encode()
 
 

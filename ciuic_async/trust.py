@@ -160,7 +160,8 @@ def judge(store: Store, origin: str, audit: LogAudit, history: History, reader: 
     fresh = _fresh(heads, audit, reader, verdict)
     stamped = Level("timestamped", NOT_ASKED) if reader.timestamps is None else reader.timestamps(store, audit)
     verdict.further = [pinned, witnessed, fresh, stamped]
-    if pinned.state != OK and witnessed.state != OK:
+    brought = reader.pins is not None or reader.policy is not None or reader.keys
+    if brought and pinned.state != OK and witnessed.state != OK:
         verdict.notes.append(
             "nobody but the store says which entry is the newest: without a pin or witnesses it cannot be noticed when "
             "the newest snapshots were taken away"
@@ -237,14 +238,18 @@ def _pinned(
         return None, Level("pinned", NOT_ASKED)
     try:
         pin = reader.pins.read(origin)
-        if pin is None:
-            return None, Level("pinned", UNKNOWN, "there is no pin of this chain here yet")
-        if len(history) < pin.size and audit.problems:
-            return pin, Level("pinned", UNKNOWN, f"of {pin.size} entries only {len(history)} could be verified")
-        reader.pins.compare(pin, len(history), history.had, lambda: store.read(layout.LOG_HEAD, note.LIMIT_BYTES))
     except IntegrityError as error:
         verdict.problems.append(Problem(error.kind, error.where or layout.LOG_HEAD, str(error)))
         return None, Level("pinned", FAILED, error.kind)
+    if pin is None:
+        return None, Level("pinned", UNKNOWN, "there is no pin of this chain here yet")
+    if len(history) < pin.size and audit.problems:
+        return pin, Level("pinned", UNKNOWN, f"of {pin.size} entries only {len(history)} could be verified")
+    try:
+        reader.pins.compare(pin, len(history), history.had, lambda: store.read(layout.LOG_HEAD, note.LIMIT_BYTES))
+    except IntegrityError as error:
+        verdict.problems.append(Problem(error.kind, error.where or layout.LOG_HEAD, str(error)))
+        return pin, Level("pinned", FAILED, error.kind)
     return pin, Level("pinned", OK, f"extends your pin of {pin.size} entries")
 
 

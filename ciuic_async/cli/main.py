@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ciuic_async.cli import demo, doctor, export, keys, log, rollback, show, tag, verify
+from ciuic_async.cli import chain, demo, doctor, export, keys, log, receipt, rollback, show, tag, verify
 from ciuic_async.errors import CiuicError, FormatVersionError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.version import __version__
 
-COMMANDS = (demo, doctor, export, keys, log, rollback, show, tag, verify)
+COMMANDS = (chain, demo, doctor, export, keys, log, receipt, rollback, show, tag, verify)
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTEGRITY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 

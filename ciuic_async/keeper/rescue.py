@@ -19,6 +19,8 @@ from ciuic_async.pipeline.persist import Persister
 from ciuic_async.staging.slot_header import STAGED
 
 _SUPERSEDED = "superseded"
+_FINAL = frozenset({_SUPERSEDED, "pin_rollback", "pin_fork", "pin_malformed"})
+"""Kinds of failures that trying again cannot change: another history is there than the one that was trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def rescue(charge: Charge, slot: HeldSlot | None, tried: list[str] | None = None
             wanted = {handover.request.snapshot, *tried}
             snapshot = _finished(chain, handover, wanted) or _persist(chain, charge, slot, handover, tried)
     except CiuicError as error:
-        return Outcome(slot, None, header.step, str(error), final=error.kind == _SUPERSEDED)
+        return Outcome(slot, None, header.step, str(error), final=error.kind in _FINAL)
     except Exception as error:
         return Outcome(slot, None, header.step, f"{type(error).__name__}: {error}", final=False)
     return Outcome(slot, snapshot, header.step)

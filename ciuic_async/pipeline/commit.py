@@ -29,6 +29,8 @@ from ciuic_async.transparency.log import Log
 _REFUSED = frozenset({"enospc", "edquot", "efbig", "emfile", "enfile", "erofs", "eacces", "eperm"})
 """Errors of a claim that a local disk gives before it does anything: nothing was claimed, and nothing will be."""
 
+_COPY_BYTES = 4 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class CommitTarget:
@@ -117,6 +119,30 @@ def publish_rewritten(store: Store, written: FinishedSegments, where: Locator, p
     _publish(store, list(written.files), published)
     name = layout.locator(where.snapshot, where.generation)
     _publish(store, _filled(store, [(name, where.encode())]), published)
+
+
+def publish_copies(
+    source: Store, store: Store, names: Sequence[tuple[str, int]], contents: list[tuple[str, bytes]]
+) -> None:
+    """Publish copies of another chain's files (name and size), then ``contents``; unchecked, in bounded memory.
+
+    Raises:
+        IntegrityError: kind ``truncated`` or ``missing``; one is shorter than it should be, or is not there.
+    """
+    buffer = memoryview(bytearray(_COPY_BYTES))
+    for name, size_bytes in names:
+        file = store.begin(name)
+        try:
+            for start in range(0, size_bytes, _COPY_BYTES):
+                part = buffer[: min(_COPY_BYTES, size_bytes - start)]
+                source.read_into(name, start, part)
+                file.write(part)
+            store.publish([file])
+        except NotFoundError as error:
+            raise IntegrityError(f"{name}: is missing", kind="missing", where=name) from error
+        finally:
+            file.discard()
+    store.publish(_filled(store, contents))
 
 
 def _publish(store: Store, files: list[Unpublished], published: list[str]) -> None:

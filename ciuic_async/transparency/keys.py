@@ -155,6 +155,68 @@ def find(explicit: str | os.PathLike[str] | None, *, chain_folder: str | None) -
         return None
 
 
+def create(path: str | os.PathLike[str] | None) -> SigningKey:
+    """A new key in a file that was not there; None: the user's own. Durable on return.
+
+    Raises:
+        UsageError: kind ``key_exists`` or ``key_not_writable``.
+    """
+    name = _user_path() if path is None else os.path.abspath(os.path.expanduser(os.fspath(path)))
+    if name is None:
+        raise UsageError("this user has no home folder: name a path", kind="key_not_writable")
+    if os.path.lexists(name):
+        raise _exists(name)
+    return _create(name, None)
+
+
+def successor(key: SigningKey) -> SigningKey:
+    """The key that is to follow one that lies in a file, beside it (``.new``); made if it is not there yet.
+
+    Raises:
+        UsageError: kind ``key_not_in_file``, or as ``load_or_create``.
+    """
+    if key.path is None:
+        raise UsageError(
+            f"the key here is in no file ({ENVIRONMENT} holds the secret itself, or it is in memory only): make one "
+            "with 'ciuic keys new', and use that",
+            kind="key_not_in_file",
+        )
+    path = f"{os.path.realpath(key.path)}.new"
+    return _load(path, None) or _create(path, None)
+
+
+def install(following: SigningKey, at: SigningKey, date: str) -> str:
+    """Put a key from ``successor`` in the place of the one before, which is kept. Durable on return.
+
+    Returns:
+        Where the key of before is: its path and ``.old-<date>``.
+
+    Raises:
+        UsageError: kind ``key_not_writable``.
+    """
+    path = os.path.realpath(at.path or "")
+    kept = f"{path}.old-{date}"
+    try:
+        os.link(path, kept)  # not renamed: at no moment is there no key
+        _fsync_folder(os.path.dirname(path))
+        os.rename(following.path or "", path)
+        _fsync_folder(os.path.dirname(path))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: the new key cannot be put here: {os.strerror(error.errno or 0)}; the old one goes on signing, "
+            f"and the new one is {following.path}",
+            kind="key_not_writable",
+            where=path,
+        ) from error
+    return kept
+
+
+def _exists(path: str) -> UsageError:
+    return UsageError(
+        f"{path}: there is a file already; 'ciuic keys rotate' replaces a key", kind="key_exists", where=path
+    )
+
+
 def _is_closed_home(error: UsageError) -> bool:
     """Whether the user's own key could not even be looked for: a home folder of somebody else, as in containers."""
     return error.kind == "key_unreadable" and isinstance(error.__cause__, PermissionError)
