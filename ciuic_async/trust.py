@@ -33,6 +33,7 @@ OK, FAILED, NOT_ASKED, UNKNOWN = "ok", "failed", "not asked", "unknown"
 CLOCK_TOLERANCE_S = 300.0
 """A cosignature from further in the future says nothing about how fresh a head is."""
 
+_NO_PIN = "no pin of this chain here yet: it could not be noticed if the newest snapshots were taken away"
 _KEY_FILE_LIMIT_BYTES = 64 << 10
 
 
@@ -160,7 +161,7 @@ def judge(store: Store, origin: str, audit: LogAudit, history: History, reader: 
     fresh = _fresh(heads, audit, reader, verdict)
     stamped = Level("timestamped", NOT_ASKED) if reader.timestamps is None else reader.timestamps(store, audit)
     verdict.further = [pinned, witnessed, fresh, stamped]
-    brought = reader.pins is not None or reader.policy is not None or reader.keys
+    brought = reader.policy is not None or reader.keys
     if brought and pinned.state != OK and witnessed.state != OK:
         verdict.notes.append(
             "nobody but the store says which entry is the newest: without a pin or witnesses it cannot be noticed when "
@@ -242,7 +243,7 @@ def _pinned(
         verdict.problems.append(Problem(error.kind, error.where or layout.LOG_HEAD, str(error)))
         return None, Level("pinned", FAILED, error.kind)
     if pin is None:
-        return None, Level("pinned", UNKNOWN, "there is no pin of this chain here yet")
+        return None, Level("pinned", UNKNOWN, _NO_PIN)
     if len(history) < pin.size and audit.problems:
         return pin, Level("pinned", UNKNOWN, f"of {pin.size} entries only {len(history)} could be verified")
     try:

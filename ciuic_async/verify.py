@@ -323,7 +323,7 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
         return
     if not generations:
         name = layout.locator(entry.snapshot, 0)
-        walk.problems.append(Problem("missing", name, f"{name}: is missing", entry.snapshot))
+        walk.report(IntegrityError(f"{name}: is missing", kind="missing", where=name), snapshot=entry.snapshot)
     for generation in generations:
         name = layout.locator(entry.snapshot, generation)
         try:

@@ -197,7 +197,8 @@ def install(following: SigningKey, at: SigningKey, date: str) -> str:
     path = os.path.realpath(at.path or "")
     kept = f"{path}.old-{date}"
     try:
-        os.link(path, kept)  # not renamed: at no moment is there no key
+        if not (os.path.exists(kept) and os.path.samefile(path, kept)):  # else an attempt of before came this far
+            os.link(path, kept)  # not renamed: at no moment is there no key
         _fsync_folder(os.path.dirname(path))
         os.rename(following.path or "", path)
         _fsync_folder(os.path.dirname(path))

@@ -47,6 +47,7 @@ class Bench:
         self._number += 1
         chain = self._folder / f"save-{self._number}"
         shutil.copytree(self._template, chain)
+        shutil.rmtree(self._folder / "home" / "state", ignore_errors=True)  # copies that all go on contradict a pin
         outcome = self.forge.run("save", chain, fault=fault, native=native, trace=trace)
         outcome.durable = {**self._durable, **outcome.durable}
         return chain, outcome

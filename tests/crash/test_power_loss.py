@@ -6,6 +6,7 @@ Short form: a sample of the prefixes of one run's operations. ``CIUIC_CRASH_LONG
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ def record(chain: Path, monkeypatch: pytest.MonkeyPatch) -> RecordingOs:
 
 def judge(folder: Path, state: dict[str, bytes | None], durable: dict[int, str]) -> None:
     """What must hold of a disk after a power cut."""
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)  # of the end of the run
     lay_out(state, folder)
     if "ciuic.json" in state:
         check(folder, durable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 
 from ciuic_async import Checkpointer, KeepLatest, SnapshotChain
 from ciuic_async.events import Event, Listener
-from ciuic_async.format import layout
+from ciuic_async.format import layout, merkle
+from ciuic_async.format.entry import PruneEntry, RollbackEntry, TagEntry
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.verify import VerifyReport, verify_store
 
@@ -95,3 +97,71 @@ def test_missing_files_without_a_prune_are_problems(tmp_path: Path) -> None:
     report = _verify(path)
     assert [(problem.kind, problem.snapshot) for problem in report.problems] == [("missing", ids[1])]
     assert report.snapshots == 4
+
+
+# --- rules between entries --------------------------------------------------------------------------------------------
+
+
+def _add(path: Path, *entries: Callable[[SnapshotChain], bytes]) -> None:
+    """Append what no writer of this package would: the log takes any entry that a key signs."""
+    with SnapshotChain(path) as chain:
+        chain.target().append(lambda _: [entry(chain) for entry in entries])
+
+
+def _leaf(path: Path, snapshot: str) -> bytes:
+    with SnapshotChain(path) as chain:
+        return chain.get(snapshot).leaf_hash
+
+
+@pytest.mark.damages
+def test_a_rollback_to_what_is_not_there_is_bad_history(tmp_path: Path) -> None:
+    """Its target must be a snapshot before it that lives: no other entry, nothing unknown, none that was pruned."""
+    path = tmp_path / "chain"
+    ids = _chain(path)
+    leaf = _leaf(path, ids[0])
+    _add(path, lambda chain: RollbackEntry(chain.common(), leaf, "good").encode())
+    assert _verify(path).ok
+    with SnapshotChain(path) as chain:
+        of_key = merkle.leaf_hash(chain.entry_bytes(0))
+    _add(path, lambda chain: RollbackEntry(chain.common(), of_key, "a key").encode())
+    _add(path, lambda chain: RollbackEntry(chain.common(), b"\7" * 32, "nothing").encode())
+    _add(path, lambda chain: PruneEntry(chain.common(), (ids[0],), "test").encode())
+    _add(path, lambda chain: RollbackEntry(chain.common(), leaf, "pruned").encode())
+    report = _verify(path)
+    assert [(problem.kind, problem.where) for problem in report.problems] == [
+        ("bad_history", "entry 6"),
+        ("bad_history", "entry 7"),
+        ("bad_history", "entry 9"),
+    ]
+    assert {level.name: level.state for level in report.levels}["entries"] == "failed"
+    assert report.level == "tiles (integrity only)"
+
+
+@pytest.mark.damages
+def test_a_tag_of_what_is_not_there_is_bad_history(tmp_path: Path) -> None:
+    """A tag's snapshot is before it; taking a name away, and tags of what is pruned later, are history as usual."""
+    path = tmp_path / "chain"
+    ids = _chain(path)
+    _add(path, lambda chain: TagEntry(chain.common(), "a", ids[0]).encode())
+    _add(path, lambda chain: TagEntry(chain.common(), "b", None).encode())
+    _add(path, lambda chain: PruneEntry(chain.common(), (ids[0],), "test").encode())
+    assert _verify(path).ok
+    _add(path, lambda chain: TagEntry(chain.common(), "c", "0" * 20).encode())
+    assert [(problem.kind, problem.where) for problem in _verify(path).problems] == [("bad_history", "entry 8")]
+
+
+@pytest.mark.damages
+@pytest.mark.parametrize("what", ["segments", "manifests", "locators"])
+def test_what_was_deleted_without_a_prune_is_said_to_be(what: str, tmp_path: Path) -> None:
+    """Files of a snapshot gone, no prune entry: kind ``missing``, and the message says that no entry allows it."""
+    path = tmp_path / "chain"
+    ids = _chain(path)
+    gone = {
+        "segments": layout.segment(ids[2], 0, 0),
+        "manifests": layout.manifest_root(ids[2]),
+        "locators": layout.locator(ids[2], 0),
+    }[what]
+    (path / gone).unlink()
+    problems = _verify(path, deep=False).problems
+    assert {(problem.kind, problem.snapshot, problem.where) for problem in problems} == {("missing", ids[2], gone)}
+    assert "no prune entry" in problems[0].message
