@@ -151,10 +151,26 @@ def _read_keys(path: str) -> list[Vkey]:
         raise UsageError(f"{path}: {error}", kind="vkey_malformed", where=path) from error
 
 
-def judge(store: Store, origin: str, audit: LogAudit, history: History, reader: Reader) -> Verdict:
-    """Hold an audited log against what the reader brings."""
+@dataclass(frozen=True, slots=True)
+class FoundPin:
+    """The reader's pin of a log, or why it cannot be used; neither: there is none."""
+
+    pin: Pin | None = None
+    error: IntegrityError | None = None
+
+
+def find_pin(reader: Reader, origin: str) -> FoundPin:
+    """Read the pin. Before the log is read: later it may know of entries that were added meanwhile."""
+    try:
+        return FoundPin(None if reader.pins is None else reader.pins.read(origin))
+    except IntegrityError as error:
+        return FoundPin(error=error)
+
+
+def judge(store: Store, origin: str, audit: LogAudit, history: History, reader: Reader, found: FoundPin) -> Verdict:
+    """Hold an audited log against what the reader brings. ``found`` was found before the audit."""
     verdict = Verdict()
-    pin, pinned = _pinned(store, origin, audit, history, reader, verdict)
+    pin, pinned = _pinned(store, audit, history, reader, found, verdict)
     verdict.signature = _signature(origin, audit, reader, pin, verdict)
     heads = _heads(store, origin, audit, history, verdict)
     witnessed = _witnessed(heads, len(history), reader.policy, verdict)
@@ -233,13 +249,13 @@ def _unendorsed(audit: LogAudit, trusted: set[Vkey], reader: Reader, verdict: Ve
 
 
 def _pinned(
-    store: Store, origin: str, audit: LogAudit, history: History, reader: Reader, verdict: Verdict
+    store: Store, audit: LogAudit, history: History, reader: Reader, found: FoundPin, verdict: Verdict
 ) -> tuple[Pin | None, Level]:
     if reader.pins is None:
         return None, Level("pinned", NOT_ASKED)
-    try:
-        pin = reader.pins.read(origin)
-    except IntegrityError as error:
+    pin = found.pin
+    if found.error is not None:
+        error = found.error
         verdict.problems.append(Problem(error.kind, error.where or layout.LOG_HEAD, str(error)))
         return None, Level("pinned", FAILED, error.kind)
     if pin is None:
@@ -248,9 +264,10 @@ def _pinned(
         return pin, Level("pinned", UNKNOWN, f"of {pin.size} entries only {len(history)} could be verified")
     try:
         reader.pins.compare(pin, len(history), history.had, lambda: store.read(layout.LOG_HEAD, note.LIMIT_BYTES))
-    except IntegrityError as error:
-        verdict.problems.append(Problem(error.kind, error.where or layout.LOG_HEAD, str(error)))
-        return pin, Level("pinned", FAILED, error.kind)
+    except IntegrityError as contradiction:
+        kind, where = contradiction.kind, contradiction.where or layout.LOG_HEAD
+        verdict.problems.append(Problem(kind, where, str(contradiction)))
+        return pin, Level("pinned", FAILED, kind)
     return pin, Level("pinned", OK, f"extends your pin of {pin.size} entries")
 
 

@@ -43,6 +43,7 @@ from ciuic_async.trust import (
     Reader,
     Verdict,
     check_head,
+    find_pin,
     judge,
     parse_keys,
 )
@@ -168,11 +169,12 @@ def verify_store(
     except CiuicError as error:
         walk.report(error, where=layout.CHAIN_FILE)
         return _report(walk, 0, deep)
+    pin = find_pin(reader, chain.origin)
     audit = audit_log(store, chain.origin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in audit.problems]
     _check_chain_file(walk, data, chain.origin, audit.entries)
     history = History(audit.leaf_hashes)
-    verdict = judge(store, chain.origin, audit, history, reader)
+    verdict = judge(store, chain.origin, audit, history, reader, pin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in verdict.problems]
     walk.notes += verdict.notes
     living = _check_history(walk, audit.entries, audit.leaf_hashes)

@@ -101,7 +101,9 @@ class Pins:
         return Pin(origin, size, root, data, parsed)
 
     def check(self, origin: str, log: Log, found: Callable[[], bytes] | None = None) -> Pin | None:
-        """Compare a log, as it was last refreshed, with its pin.
+        """Compare a log with its pin.
+
+        The log is refreshed if it is behind: a pin that is read after the log may rightly know more of it.
 
         Args:
             found: gives the note that the log shows as its head, for the evidence.
@@ -116,6 +118,8 @@ class Pins:
         pin = self.read(origin)
         if pin is None or self._good.get(origin) == pin.data:
             return pin
+        if log.head.size < pin.size:
+            log.refresh()
         self.compare(pin, log.head.size, lambda size, root: extends(log, size, root), found)
         self._good[origin] = pin.data
         return pin

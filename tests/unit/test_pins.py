@@ -284,3 +284,38 @@ def test_a_pin_that_cannot_move_fails_no_commit(tmp_path: Path, monkeypatch: pyt
     save(tmp_path / "chain", 1.0)
     with SnapshotChain(tmp_path / "chain") as chain:
         assert len(chain) == 1
+
+
+def test_a_pin_that_another_moves_meanwhile_is_no_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a look at the log and at the pin another process appends and pins: readers, writers and verify look
+    again, and find nothing wrong.
+    """
+    path = tmp_path / "chain"
+    save(path, 1.0)
+    other = SnapshotChain(path)
+    read = Pins.read
+    before: list[bool] = []
+
+    def overtaken(self: Pins, origin: str) -> object:
+        if before:
+            before.clear()
+            other.note("meanwhile")
+        return read(self, origin)
+
+    monkeypatch.setattr(Pins, "read", overtaken)
+    with other:
+        calls: list[Callable[[SnapshotChain], object]] = [
+            lambda chain: chain.latest(),
+            lambda chain: chain.note("second"),
+            lambda chain: chain.verify().ok or pytest.fail("verify found a problem"),
+        ]
+        for call in calls:
+            with SnapshotChain(path) as chain:
+                chain._knows_pin = call is calls[1]  # then the writer looks for the first time when it has the log's lock
+                before.append(True)
+                call(chain)
+                assert not before
+        with SnapshotChain(path) as chain:
+            texts = [entry["text"] for entry in chain.log() if "text" in entry]
+        assert texts.count("meanwhile") == 3
+        assert texts.count("second") == 1
