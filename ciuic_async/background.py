@@ -234,6 +234,7 @@ class BackgroundWriter:
         self.parent = persisted.as_parent()
         self._durable(job, persisted, time.perf_counter() - job.staged_s)
         self._tidy()
+        self._chain.pin()  # last: nobody waits for it
 
     def _durable(self, job: Job, persisted: Persisted, seconds: float) -> None:
         entry = persisted.entry

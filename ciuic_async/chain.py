@@ -323,12 +323,28 @@ class SnapshotChain:
         """Compare two snapshots. Not in this version."""
         raise _not_available("diff")
 
-    def target(self) -> CommitTarget:
-        """Where and under whose key this object commits; loads or makes the key. For the engine."""
+    def target(self, *, pins: bool = True) -> CommitTarget:
+        """Where and under whose key this object commits; loads or makes the key. For the engine.
+
+        Args:
+            pins: pin what is appended at once; else the caller calls ``pin`` when nobody waits.
+        """
         key = self._signing_key()
         if not self._knows_pin and self._pins.read(self.origin) is not None:
             self._refresh()
-        return CommitTarget(self._store, self._log, key, self._announcement, self._check_pin, self._pin)
+        target = CommitTarget(self._store, self._log, key, self._announcement, self._check_pin)
+        return replace(target, pin=self.pin) if pins else target
+
+    def pin(self) -> None:
+        """Pin the log as it is known here, under the own signature, after an append. Never raises. For the engine."""
+        try:
+            head = self._log.head
+            # Every entry up to here is in a claimed slot: this is the one head that the log can have at this size.
+            text = note.head_text(self.origin, head.size, head.root)
+            signed = self._signing_key().sign(self.origin, text).encode()
+            self._pins.save(self.origin, signed, lambda size, root: extends(self._log, size, root))
+        except Exception as error:
+            logger.debug("%s: the pin could not be moved: %s", self._store.url, error)
 
     def common(self) -> Common:
         """Who and when, for an entry made now. For the engine."""
@@ -383,17 +399,6 @@ class SnapshotChain:
     def _check_pin(self) -> None:
         self._pins.check(self.origin, self._log, lambda: self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES))
         self._knows_pin = True
-
-    def _pin(self) -> None:
-        """Pin the log as it is known here, under the own signature. Failing at it is no failure of what was written."""
-        try:
-            head = self._log.head
-            # Every entry up to here is in a claimed slot: this is the one head that the log can have at this size.
-            text = note.head_text(self.origin, head.size, head.root)
-            signed = self._signing_key().sign(self.origin, text).encode()
-            self._pins.save(self.origin, signed, lambda size, root: extends(self._log, size, root))
-        except Exception as error:
-            logger.debug("%s: the pin could not be moved: %s", self._store.url, error)
 
     def _no_head(self, ref: str) -> NotFoundError:
         return NotFoundError(

@@ -134,7 +134,7 @@ class Checkpointer:
         self._listener = listener
         self._owns_chain = not isinstance(chain, SnapshotChain)
         self._chain = chain if isinstance(chain, SnapshotChain) else SnapshotChain(chain, key=key)
-        target = self._chain.target()
+        target = self._chain.target(pins=False)
         self._keeper: Keeper | None = None
         if keeper:
             store = self._chain.store
