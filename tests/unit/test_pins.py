@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
 import stat
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -341,3 +343,25 @@ def test_training_pins_after_it_said_durable(tmp_path: Path, monkeypatch: pytest
     pin = Pins.of_user().read(origin)
     assert pin is not None
     assert pin.size == 2
+
+
+def test_looking_for_a_pin_keeps_nothing_alive(tmp_path: Path) -> None:
+    """Whether there is one or not: who looked is freed with its last reference, not by garbage collection."""
+
+    class Caller:
+        pass
+
+    def look(pins: Pins) -> weakref.ref[Caller]:
+        caller = Caller()
+        pins.read(ORIGIN)
+        return weakref.ref(caller)
+
+    pins = Pins(str(tmp_path / "pins"))
+    gc.collect()
+    gc.disable()
+    try:
+        assert look(pins)() is None
+        pins.save(ORIGIN, head(3), had())
+        assert look(pins)() is None
+    finally:
+        gc.enable()
