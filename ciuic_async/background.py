@@ -253,6 +253,7 @@ class BackgroundWriter:
         self._chain.await_witnesses(persisted.index + 1)
         self._durable(job, persisted, time.perf_counter() - job.staged_s)
         self._tidy()
+        self._chain.pin()  # last: nobody waits for it
 
     def _durable(self, job: Job, persisted: Persisted, seconds: float) -> None:
         entry = persisted.entry

@@ -358,12 +358,28 @@ class SnapshotChain:
         """
         return diff(self._store, self.get(a).resolve(), self.get(b).resolve())
 
-    def target(self) -> CommitTarget:
-        """Where and under whose key this object commits; loads or makes the key. For the engine."""
+    def target(self, *, pins: bool = True) -> CommitTarget:
+        """Where and under whose key this object commits; loads or makes the key. For the engine.
+
+        Args:
+            pins: pin what is appended at once; else the caller calls ``pin`` when nobody waits.
+        """
         key = self._signing_key()
         if not self._knows_pin and self._pins.read(self.origin) is not None:
             self._refresh()
-        return CommitTarget(self._store, self._log, key, self._announcement, self._check_pin, self._appended)
+        appended = self._appended if pins else self._notice
+        return CommitTarget(self._store, self._log, key, self._announcement, self._check_pin, appended)
+
+    def pin(self) -> None:
+        """Pin the log as it is known here, under the own signature, after an append. Never raises. For the engine."""
+        try:
+            head = self._log.head
+            # Every entry up to here is in a claimed slot: this is the one head that the log can have at this size.
+            text = note.head_text(self.origin, head.size, head.root)
+            signed = self._signing_key().sign(self.origin, text).encode()
+            self._pins.save(self.origin, signed, lambda size, root: extends(self._log, size, root))
+        except Exception as error:
+            logger.debug("%s: the pin could not be moved: %s", self._store.url, error)
 
     def await_witnesses(self, size: int) -> None:
         """Where witnesses are required: wait until a quorum has signed the log up to ``size`` entries. For the engine.
@@ -442,8 +458,11 @@ class SnapshotChain:
             return self._witnessing
 
     def _appended(self) -> None:
-        """After a commit: pin it, and let witnesses know. Fails at nothing, waits for nobody."""
-        self._pin()
+        self.pin()
+        self._notice()
+
+    def _notice(self) -> None:
+        """Let witnesses know that there is more. Fails at nothing, waits for nobody."""
         with suppress(CiuicError):
             witnessing = self._witnesses()
             if witnessing is not None:
@@ -458,17 +477,6 @@ class SnapshotChain:
     def _check_pin(self) -> None:
         self._pins.check(self.origin, self._log, lambda: self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES))
         self._knows_pin = True
-
-    def _pin(self) -> None:
-        """Pin the log as it is known here, under the own signature. Failing at it is no failure of what was written."""
-        try:
-            head = self._log.head
-            # Every entry up to here is in a claimed slot: this is the one head that the log can have at this size.
-            text = note.head_text(self.origin, head.size, head.root)
-            signed = self._signing_key().sign(self.origin, text).encode()
-            self._pins.save(self.origin, signed, lambda size, root: extends(self._log, size, root))
-        except Exception as error:
-            logger.debug("%s: the pin could not be moved: %s", self._store.url, error)
 
     def _no_head(self, ref: str) -> NotFoundError:
         return NotFoundError(

@@ -139,7 +139,7 @@ class Checkpointer:
         self._listener = listener
         self._owns_chain = not isinstance(chain, SnapshotChain)
         self._chain = chain if isinstance(chain, SnapshotChain) else SnapshotChain(chain, key=key)
-        target = self._chain.target()
+        target = self._chain.target(pins=False)
         self._keeper: Keeper | None = None
         if keeper:
             with suppress(CiuicError):  # what is wrong with the log shows when something is saved or restored

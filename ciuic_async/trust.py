@@ -156,7 +156,7 @@ class FoundPin:
     """The reader's pin of a log, or why it cannot be used; neither: there is none."""
 
     pin: Pin | None = None
-    error: IntegrityError | None = None
+    problem: Problem | None = None
 
 
 def find_pin(reader: Reader, origin: str) -> FoundPin:
@@ -164,7 +164,7 @@ def find_pin(reader: Reader, origin: str) -> FoundPin:
     try:
         return FoundPin(None if reader.pins is None else reader.pins.read(origin))
     except IntegrityError as error:
-        return FoundPin(error=error)
+        return FoundPin(problem=Problem(error.kind, error.where or layout.LOG_HEAD, str(error)))
 
 
 def judge(store: Store, origin: str, audit: LogAudit, history: History, reader: Reader, found: FoundPin) -> Verdict:
@@ -254,10 +254,9 @@ def _pinned(
     if reader.pins is None:
         return None, Level("pinned", NOT_ASKED)
     pin = found.pin
-    if found.error is not None:
-        error = found.error
-        verdict.problems.append(Problem(error.kind, error.where or layout.LOG_HEAD, str(error)))
-        return None, Level("pinned", FAILED, error.kind)
+    if found.problem is not None:
+        verdict.problems.append(found.problem)
+        return None, Level("pinned", FAILED, found.problem.kind)
     if pin is None:
         return None, Level("pinned", UNKNOWN, _NO_PIN)
     if len(history) < pin.size and audit.problems:

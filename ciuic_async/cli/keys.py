@@ -52,7 +52,7 @@ def _new(args: argparse.Namespace) -> int:
     if args.chain is not None:  # first: a chain that is not there makes no key
         with SnapshotChain(args.chain, create=False) as chain:
             origin = chain.origin
-    key = keys.create(args.path)
+    key = keys.make(args.path)
     vkey = None if origin is None else key.vkey(origin)
     if args.json:
         print_json({"vkey": vkey, "path": key.path})

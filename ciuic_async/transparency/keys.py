@@ -155,7 +155,7 @@ def find(explicit: str | os.PathLike[str] | None, *, chain_folder: str | None) -
         return None
 
 
-def create(path: str | os.PathLike[str] | None) -> SigningKey:
+def make(path: str | os.PathLike[str] | None) -> SigningKey:
     """A new key in a file that was not there; None: the user's own. Durable on return.
 
     Raises:

@@ -89,8 +89,8 @@ class Pins:
         try:
             data = read_text_file(path, note.LIMIT_BYTES, "pin")
         except UsageError as error:
-            cause = error.__cause__
-            if isinstance(cause, FileNotFoundError | NotADirectoryError | PermissionError):
+            # Not kept in a variable: with its traceback that would keep the caller's objects until garbage collection.
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError | PermissionError):
                 return None  # none was made, or it is the home of somebody else, as in containers
             raise _malformed(path, str(error)) from error
         try:

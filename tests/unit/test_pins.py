@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
 import stat
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -311,9 +314,7 @@ def test_a_pin_that_another_moves_meanwhile_is_no_rollback(tmp_path: Path, monke
         ]
         for call in calls:
             with SnapshotChain(path) as chain:
-                chain._knows_pin = (
-                    call is calls[1]
-                )  # then the writer looks for the first time when it has the log's lock
+                chain._knows_pin = call is calls[1]  # the writer first looks when it has the lock
                 before.append(True)
                 call(chain)
                 assert not before
@@ -321,3 +322,46 @@ def test_a_pin_that_another_moves_meanwhile_is_no_rollback(tmp_path: Path, monke
             texts = [entry["text"] for entry in chain.log() if "text" in entry]
         assert texts.count("meanwhile") == 3
         assert texts.count("second") == 1
+
+
+def test_training_pins_after_it_said_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home that hangs delays no snapshot: it is durable while its pin is still being written."""
+    hangs, pinning = threading.Event(), threading.Event()
+    written = Pins.save
+
+    def slow(self: Pins, origin: str, data: bytes, extends: Callable[[int, bytes], bool]) -> bool:
+        pinning.set()
+        assert hangs.wait(30)
+        return written(self, origin, data, extends)
+
+    monkeypatch.setattr(Pins, "save", slow)
+    with Checkpointer(tmp_path / "chain", {"w": torch.zeros(8)}, rng=False) as ckpt:
+        assert ckpt.save().wait_durable(30).index == 1
+        assert pinning.wait(30)
+        hangs.set()
+        origin = ckpt._chain.origin
+    pin = Pins.of_user().read(origin)
+    assert pin is not None
+    assert pin.size == 2
+
+
+def test_looking_for_a_pin_keeps_nothing_alive(tmp_path: Path) -> None:
+    """Whether there is one or not: who looked is freed with its last reference, not by garbage collection."""
+
+    class Caller:
+        pass
+
+    def look(pins: Pins) -> weakref.ref[Caller]:
+        caller = Caller()
+        pins.read(ORIGIN)
+        return weakref.ref(caller)
+
+    pins = Pins(str(tmp_path / "pins"))
+    gc.collect()
+    gc.disable()
+    try:
+        assert look(pins)() is None
+        pins.save(ORIGIN, head(3), had())
+        assert look(pins)() is None
+    finally:
+        gc.enable()
