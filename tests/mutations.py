@@ -129,7 +129,7 @@ MUTATIONS = (
     Mutation(
         3,
         "a slot whose fsync failed counts as won when it reads back",
-        "ciuic_async/transparency/log.py",
+        "ciuic_async/transparency/ordering.py",
         '            if error.kind == "fsync_failed":\n                raise\n',
         "",
         "tests/crash/test_every_syscall.py::test_a_failed_fsync_of_the_commit_is_never_reported_durable",
@@ -154,12 +154,12 @@ MUTATIONS = (
         4,
         "files go before the prune entry is claimed",
         "ciuic_async/retention/collect.py",
-        "    target.log.append(decide, target.key, announce=target.announce)\n"
-        "    files, freed = _sweep(target.store, _garbage(target.store, target.log)) if decided else (0, 0)\n",
-        "    decide(target.log)\n"
-        "    garbage = _garbage(target.store, target.log, also_pruned=frozenset(decided))\n"
-        "    files, freed = _sweep(target.store, garbage) if decided else (0, 0)\n"
-        "    target.log.append(decide, target.key, announce=target.announce)\n",
+        "    target.append(entries)\n"
+        "    garbage = _garbage(store, log, counted_from=newest if claimed else {})\n"
+        "    _sweep(store, garbage)\n",
+        "    garbage = _garbage(store, log, counted_from=newest, also_pruned=decision.dropped)\n"
+        "    _sweep(store, garbage)\n"
+        "    target.append(entries)\n",
         "tests/crash/test_every_syscall.py::test_a_kill_before_any_change_of_the_disk_loses_nothing",
     ),
     Mutation(
@@ -336,8 +336,8 @@ MUTATIONS = (
         8,
         "restore passes over a fork",
         "ciuic_async/chain.py",
-        "        self._log.refresh()\n        return (self.snapshot(line) for line in the_line(self._log))\n",
-        "        try:\n            self._log.refresh()\n        except Exception:\n            pass\n"
+        "        self._refresh()\n        return (self.snapshot(line) for line in the_line(self._log))\n",
+        "        try:\n            self._refresh()\n        except Exception:\n            pass\n"
         "        return (self.snapshot(line) for line in the_line(self._log))\n",
         "tests/unit/test_restore.py::test_latest_never_falls_back_over_a_fork_or_a_forgery",
     ),
@@ -473,8 +473,8 @@ MUTATIONS = (
         13,
         "a parent that was pruned before the claim is leaned on",
         "ciuic_async/pipeline/rewrite.py",
-        "        if not leaning or self._parent is None or is_live(self._target.log, self._parent.snapshot):\n",
-        "        if not leaning or self._parent is None or is_live is not None:\n",
+        "        if is_live(self._target.log, self._parent.snapshot):\n",
+        "        if is_live is not None:\n",
         "tests/unit/test_persist.py::test_a_parent_that_is_pruned_just_before_the_claim_is_not_leaned_on",
     ),
     Mutation(
@@ -497,8 +497,8 @@ MUTATIONS = (
         13,
         "gc takes the files of a writer at work",
         "ciuic_async/retention/collect.py",
-        "now - file.modified_s >= orphan_age_s\n",
-        "now - file.modified_s >= -orphan_age_s\n",
+        "now - file.modified_s >= orphan_age_s}\n",
+        "now - file.modified_s >= -orphan_age_s}\n",
         "tests/unit/test_retention.py::test_gc_spares_young_orphans_and_sweeps_old_ones",
     ),
     Mutation(
@@ -521,8 +521,8 @@ MUTATIONS = (
         13,
         "retention takes the bases of living deltas",
         "ciuic_async/retention/collect.py",
-        "needed.update(segment.path for segment in resolved.segments)",
-        "needed.update(place.segment.path for place in resolved.locator.chunks.values())",
+        "    return {segment.path for one in found for segment in one.segments()}\n",
+        "    return {place.segment.path for one in found for place in one.chunks.values()}\n",
         "tests/unit/test_delta_chain.py::test_bases_of_pruned_snapshots_stay",
     ),
 )

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ import torch
 
 from ciuic_async import Checkpointer, SnapshotChain
 from ciuic_async.errors import CiuicError, CiuicWarning
-from ciuic_async.format import layout
+from ciuic_async.format import layout, merkle
+from ciuic_async.format.entry import SnapshotEntry, decode
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
@@ -105,9 +106,29 @@ def rewrite(victim: Victim, to: Path, entries: Sequence[bytes], key: SigningKey)
     shutil.rmtree(made.path / "log")
     (made.path / "log").mkdir()
     log = made.log()
-    announcement, *rest = entries
+    announcement, *rest = _with_their_parents(victim.entries(), entries)
     log.append(lambda _: rest, key, announce=lambda: announcement)
     return made
+
+
+def _with_their_parents(before: Sequence[bytes], entries: Sequence[bytes]) -> list[bytes]:
+    """Parents are leaf hashes: whoever changes an entry must change its children too, or anybody sees it."""
+    names = {merkle.leaf_hash(data): _snapshot(data) for data in before}
+    leaves: dict[str, bytes] = {}
+    fitting = []
+    for data in entries:
+        entry = decode(data, 0)
+        if isinstance(entry, SnapshotEntry):
+            parent = None if entry.parent is None else leaves.get(names.get(entry.parent) or "")
+            data = replace(entry, parent=parent).encode()
+            leaves[entry.snapshot] = merkle.leaf_hash(data)
+        fitting.append(data)
+    return fitting
+
+
+def _snapshot(data: bytes) -> str | None:
+    entry = decode(data, 0)
+    return entry.snapshot if isinstance(entry, SnapshotEntry) else None
 
 
 def verify(path: Path) -> VerifyReport:

@@ -162,7 +162,7 @@ def saved(tmp_path: Path) -> Snapshot:
 
 
 def _store(snapshot: Snapshot) -> Store:
-    return snapshot._chain.store
+    return snapshot._store
 
 
 @pytest.mark.parametrize("change", [{"raw_bytes": 1}, {"world": 2}, {"chunks": ChunkTree(bytes(32), 5)}])

@@ -310,8 +310,10 @@ def test_damage_never_reaches_a_live_model(core: bool, tmp_path: Path, monkeypat
 
 def _fork(chain: Path, seen: Path) -> None:
     """Put another history by the same key in place of the one that was seen."""
-    ciuic_async.save({"w": torch.full((5000,), 7.0)}, seen)
-    ciuic_async.save({"w": torch.full((5000,), 8.0)}, seen)
+    with pytest.MonkeyPatch.context() as patch:  # somebody else does so, whose pins are not ours
+        patch.setenv("XDG_STATE_HOME", str(seen.parent / "elsewhere"))
+        ciuic_async.save({"w": torch.full((5000,), 7.0)}, seen)
+        ciuic_async.save({"w": torch.full((5000,), 8.0)}, seen)
     for folder in ("log", "segments", "manifests", "locators"):
         shutil.rmtree(chain / folder)
     shutil.copytree(seen, chain, dirs_exist_ok=True)
