@@ -219,6 +219,8 @@ class Ciuic(InPlace):
         """As ``latest`` says, without the fallback to an older one that ``restore()`` has."""
         if not (folder / "chain").exists():
             return []
+        # The pin is of the end of a run; what is read here is the place as it was in the middle of it.
+        shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
         def load(back: int) -> State:
             with SnapshotChain(folder / "chain", create=False) as chain:

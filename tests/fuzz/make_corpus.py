@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import runpy
 import tempfile
+from base64 import b64encode
 from collections import OrderedDict
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from ciuic_async.pipeline.persist import SaveRequest
 from ciuic_async.segments.reference import build_segment
 from ciuic_async.staging.slot_header import DURABLE, FREE, PAGE_BYTES, STAGED, SlotHeader
 from ciuic_async.transparency import note, slots, tiles
+from ciuic_async.transparency.keys import SigningKey
+from ciuic_async.transparency.receipt import Receipt
 from ciuic_async.transparency.slots import LogHead
 from ciuic_async.version import ENGINE
 from tests.fuzz.targets import ANY_ENGINE, KEY, ORIGIN, SNAPSHOT, pattern
@@ -202,6 +205,32 @@ def signed_notes() -> Files:
     return {f"{name}.txt": text.encode() for name, text in found.items()}
 
 
+def policies() -> Files:
+    log = f"log {KEY.vkey(ORIGIN)} https://log.example/x\n"
+    keys = [SigningKey.from_secret("ED25519-SECRET+" + b64encode(bytes([7 + number] * 32)).decode()) for number in range(4)]
+    known = [f"witness w{number} {key.cosigner(f'w{number}.example')}\n" for number, key in enumerate(keys)]
+    texts = {
+        "nobody": "quorum none\n",
+        "writers": f"# writers\n\n{log}quorum none\n",
+        "one": f"{log}{known[0]}quorum w0\n",
+        "two-of-three": log + "".join(known[:3]) + "group g 2 w0 w1 w2\nquorum g\n",
+        "nested": log + "".join(known) + "group g any w0 w1\n\tgroup  all all g w2 w3\nquorum all\n",
+    }
+    return {f"{name}.txt": text.encode() for name, text in texts.items()}
+
+
+def receipts() -> Files:
+    head = KEY.sign(ORIGIN, note.head_text(ORIGIN, 5, bytes(range(32)))).encode()
+    cosigned = signed_notes()["cosigned.txt"]
+    made = {
+        "first": Receipt(0, (), head),
+        "deep": Receipt(3, (bytes(32), bytes(range(32))), head, b'{"kind":"note"}'),
+        "cosigned": Receipt(4, (bytes([7] * 32),), cosigned, b""),
+        "large": Receipt(2**50, tuple(bytes([number] * 32) for number in range(50)), head, bytes(300)),
+    }
+    return {f"{name}.tlog-proof": one.encode() for name, one in made.items()}
+
+
 def slot_files() -> Files:
     lines = entries()
     announced = lines["key-own.json"]
@@ -315,6 +344,8 @@ def corpus() -> dict[str, Files]:
         "locator": locators(),
         "manifest": manifests(),
         "note": signed_notes(),
+        "policy": policies(),
+        "receipt": receipts(),
         "record": {f"{name}.rec": record_bytes(chunk) for name, chunk in chunks().items()},
         "segment": segments(),
         "slot": slot_files(),

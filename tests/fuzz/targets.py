@@ -43,6 +43,8 @@ from ciuic_async.stores.memory import MemoryStore
 from ciuic_async.transparency import note as notes
 from ciuic_async.transparency import slots, tiles
 from ciuic_async.transparency.keys import SigningKey
+from ciuic_async.transparency.policy import Policy
+from ciuic_async.transparency.receipt import Receipt
 from ciuic_async.transparency.slots import LogHead
 from ciuic_async.transparency.view import View
 from ciuic_async.version import ENGINE
@@ -364,6 +366,20 @@ def signed_note(data: bytes) -> None:
             _same(str(notes.parse_vkey(line)).encode(), line.encode())
 
 
+def policy(data: bytes) -> None:
+    """A policy (C2SP tlog-policy): what it formats to means the same, and signing more never un-meets its quorum."""
+    parsed = Policy.parse(data, "a policy")
+    require(Policy.parse(parsed.format().encode(), "a policy") == parsed, "formatted, it is another policy")
+    witnesses = [witness.vkey for witness in parsed.witnesses]
+    met = [parsed.witnessed(set(witnesses[:count])).met for count in range(len(witnesses) + 1)]
+    require(met == sorted(met), "a quorum is met by fewer and not by more")
+
+
+def receipt(data: bytes) -> None:
+    """A receipt (C2SP tlog-proof): a proof and a signed head."""
+    _same(Receipt.decode(data, "a receipt").encode(), data)
+
+
 def slot(data: bytes) -> None:
     """The file that claims the next entries."""
     with suppress(CiuicError):
@@ -497,6 +513,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "locator": locator,
     "manifest": manifest,
     "note": signed_note,
+    "policy": policy,
+    "receipt": receipt,
     "record": record,
     "segment": segment_file,
     "slot": slot,
