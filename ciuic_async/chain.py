@@ -68,7 +68,8 @@ class SnapshotChain:
             writers of a chain name the same.
         trust: ``{"policy": path or text, "witnesses": "async" | "required", "max_age": "1h"}``: the witnesses of the
             policy (C2SP tlog-policy) are asked to cosign what is written here, in the background; ``"required"``: a
-            snapshot counts as durable when a quorum has. ``verify`` goes by the same policy.
+            snapshot counts as durable when a quorum has. ``verify`` goes by the same policy. Where it names keys of
+            this chain, others may not write, unless ``"writers": "any"`` is there too.
         previous: for a new chain that goes on where another ended.
 
     When the log is first read, and before anything is written, it is compared with the user's pin, if there is one: a
@@ -365,6 +366,8 @@ class SnapshotChain:
             pins: pin what is appended at once; else the caller calls ``pin`` when nobody waits.
         """
         key = self._signing_key()
+        if self._trust is not None:
+            self._trust.check_writer(note.parse_vkey(key.vkey(self.origin)))
         if not self._knows_pin and self._pins.read(self.origin) is not None:
             self._refresh()
         appended = self._appended if pins else self._notice

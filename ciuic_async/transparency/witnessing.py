@@ -12,6 +12,7 @@ from ciuic_async.errors import SaveFailedError, UsageError
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency.cosigning import Cosigner, Pace
 from ciuic_async.transparency.log import Log
+from ciuic_async.transparency.note import Vkey
 from ciuic_async.transparency.policy import Policy
 
 _DURATION = re.compile(r"([1-9][0-9]{0,8})([smhd])")
@@ -56,16 +57,18 @@ class Witnessing:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """The option ``trust={"policy": path or text, "witnesses": "async" | "required", "max_age": "1h"}``.
+    """The option ``trust={"policy": path or text, "witnesses": "async" | "required", ...}``, checked.
 
     Attributes:
         required: what is written counts as durable only when a quorum of the policy's witnesses has signed it.
         max_age_s: cosignatures are renewed before they are that old; ``verify`` asks for none that is older.
+        anybody: keys that the policy does not name may write too (``"writers": "any"``; default ``"endorsed"``).
     """
 
     policy: Policy
     required: bool = False
     max_age_s: float | None = None
+    anybody: bool = False
 
     @classmethod
     def parse(cls, trust: Mapping[str, object]) -> Trust:
@@ -76,22 +79,42 @@ class Trust:
             IntegrityError: kind ``policy_malformed``.
         """
         policy, mode = trust.get("policy"), trust.get("witnesses", "async")
-        if set(trust) - {"policy", "witnesses", "max_age"} or mode not in ("async", "required") or policy is None:
+        writers = trust.get("writers", "endorsed")
+        if (
+            set(trust) - {"policy", "witnesses", "max_age", "writers"}
+            or mode not in ("async", "required")
+            or writers not in ("endorsed", "any")
+            or policy is None
+        ):
             raise UsageError(
-                "trust: expected 'policy' (a path or the text itself), 'witnesses' ('async' or 'required') and "
-                f"'max_age', found {dict(trust)!r:.200}"
+                "trust: expected 'policy' (a path or the text itself), 'witnesses' ('async' or 'required'), 'max_age' "
+                f"and 'writers' ('endorsed' or 'any'), found {dict(trust)!r:.200}"
             )
         if not isinstance(policy, Policy):
             text = policy if isinstance(policy, str) and "\n" in policy else None
             policy = Policy.load(str(policy)) if text is None else Policy.parse(text.encode())
         max_age = trust.get("max_age")
-        made = cls(policy, mode == "required", None if max_age is None else duration_s(max_age))
+        made = cls(policy, mode == "required", None if max_age is None else duration_s(max_age), writers == "any")
         asked = {witness.vkey for witness in policy.witnesses if witness.url is not None}
         if made.required and (policy.quorum is None or not policy.witnessed(asked).met):
             raise UsageError(
                 "trust: witnesses are required, but the policy has no quorum, or too few witnesses with a URL for it"
             )
         return made
+
+    def check_writer(self, vkey: Vkey) -> None:
+        """Refuse a key that the policy does not name, where it names keys of this log at all.
+
+        Raises:
+            UsageError: kind ``key_unendorsed``.
+        """
+        known = self.policy.log_keys(vkey.name)
+        if known and vkey not in known and not self.anybody:
+            raise UsageError(
+                f"the key that would sign here is not one of the {len(known)} that the policy names for this chain: "
+                f"add the line 'log {vkey}' to it, give another key, or allow it with trust={{'writers': 'any', ...}}",
+                kind="key_unendorsed",
+            )
 
     def witnessing(self, store: Store, log: Log, *, timeout_s: float = 30.0) -> Witnessing | None:
         """Who asks the witnesses; None where none has a URL.

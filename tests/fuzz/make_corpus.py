@@ -207,7 +207,9 @@ def signed_notes() -> Files:
 
 def policies() -> Files:
     log = f"log {KEY.vkey(ORIGIN)} https://log.example/x\n"
-    keys = [SigningKey.from_secret("ED25519-SECRET+" + b64encode(bytes([7 + number] * 32)).decode()) for number in range(4)]
+    keys = [
+        SigningKey.from_secret("ED25519-SECRET+" + b64encode(bytes([7 + number] * 32)).decode()) for number in range(4)
+    ]
     known = [f"witness w{number} {key.cosigner(f'w{number}.example')}\n" for number, key in enumerate(keys)]
     texts = {
         "nobody": "quorum none\n",

@@ -99,6 +99,24 @@ def test_required_witnesses_decide_what_is_durable(witnesses: Witnesses, tmp_pat
         assert chain.verify().ok
 
 
+def test_a_key_that_the_policy_does_not_name_may_not_write(witnesses: Witnesses, tmp_path: Path) -> None:
+    """Unless the policy's owner allows it: then it writes, and is shown as unendorsed. A policy that knows nothing of a
+    chain forbids nobody."""
+    stranger = SigningKey.generate().secret()
+    trust = {"policy": witnesses.policy}
+    with SnapshotChain(tmp_path / "chain", key=stranger, trust=trust) as chain:
+        with pytest.raises(UsageError, match=r"log ciuic\.dev/chain/") as caught:
+            Checkpointer(chain, {"t": torch.zeros(4)})
+        assert caught.value.kind == "key_unendorsed"
+        assert len(chain) == 0
+    with SnapshotChain(tmp_path / "chain", key=stranger, trust={**trust, "writers": "any"}) as chain:
+        chain.note("a stranger was here")
+        assert any("stranger" in one.get("text", "") for one in chain.log())
+        assert any("unendorsed" in found for found in chain.verify().notes)
+    with SnapshotChain(tmp_path / "other", key=stranger, trust=trust) as chain:
+        chain.note("another chain")
+
+
 def test_orderings_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the option or the environment says is checked before anything is written."""
     for wrong in ("paxos", "etcd:"):
