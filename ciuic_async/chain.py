@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from ciuic_async.arguments import check_tag, check_text
-from ciuic_async.errors import CiuicError, CommitConflictError, NotFoundError, UsageError
+from ciuic_async.errors import CiuicError, CommitConflictError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.events import Listener, logger
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
@@ -204,7 +204,7 @@ class SnapshotChain:
     def receipt(self, ref: str) -> bytes:
         """A proof for those who do not have the chain: a snapshot's entry is in the log whose head is signed here.
 
-        The head is the newest, with whatever cosignatures of witnesses are under it; the entry comes along.
+        The head is the newest that witnesses signed, if it holds the entry, else the newest; the entry comes along.
 
         Raises:
             NotFoundError: there is no such snapshot, or no log head that holds it yet (kind ``no_head``).
@@ -212,18 +212,22 @@ class SnapshotChain:
         """
         index = self.get(ref).index
         with self._log.lock:
-            try:
-                data = self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES)
-            except NotFoundError as error:
-                raise self._no_head(ref) from error
-            known = {(self.origin, key_id): note.parse_vkey(vkey) for key_id, vkey in self._log.known_keys().items()}
-            text = note.verify(data, known, layout.LOG_HEAD).text
-            size, root = note.parse_head(text, self.origin, layout.LOG_HEAD)
-            if not index < size <= len(self._log):
-                raise self._no_head(ref)
-            path = self._log.inclusion(index, size)
-            proof.check_inclusion(index, size, self._log.leaf_hash(index), path, root)
-            return receipt.Receipt(index, tuple(path), data, self._log.entry_bytes(index)).encode()
+            with suppress(NotFoundError, IntegrityError):  # what witnesses signed can be collected again
+                return self._receipt_under(layout.WITNESSED, index, ref)
+            return self._receipt_under(layout.LOG_HEAD, index, ref)
+
+    def _receipt_under(self, name: str, index: int, ref: str) -> bytes:
+        try:
+            data = self._store.read(name, note.LIMIT_BYTES)
+        except NotFoundError as error:
+            raise self._no_head(ref) from error
+        known = {(self.origin, key_id): note.parse_vkey(vkey) for key_id, vkey in self._log.known_keys().items()}
+        size, root = note.parse_head(note.verify(data, known, name).text, self.origin, name)
+        if not index < size <= len(self._log):
+            raise self._no_head(ref)
+        path = self._log.inclusion(index, size)
+        proof.check_inclusion(index, size, self._log.leaf_hash(index), path, root)
+        return receipt.Receipt(index, tuple(path), data, self._log.entry_bytes(index)).encode()
 
     def entry_bytes(self, index: int) -> bytes:
         """One entry as it stands in the log, verified. Errors as ``Log.entry_bytes``."""

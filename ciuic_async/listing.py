@@ -68,7 +68,7 @@ def _facts(
                 "abandoned": not pruned and entry.snapshot not in line,
             }
         case PruneEntry():
-            facts["snapshots"] = list(entry.snapshots)
+            facts |= {"snapshots": list(entry.snapshots), "policy": entry.policy}
         case KeyEntry():
             facts["vkey"] = entry.vkey
         case RollbackEntry():

@@ -85,7 +85,8 @@ def _details(entry: dict[str, object]) -> str:
         return text(entry["vkey"])
     if entry["kind"] == "prune":
         snapshots = entry["snapshots"]
-        return "pruned " + ", ".join(str(s)[:8] for s in snapshots) if isinstance(snapshots, list) else ""
+        names = ", ".join(str(s)[:8] for s in snapshots) if isinstance(snapshots, list) else ""
+        return f"pruned {names}, keeping {text(entry['policy'])}"
     if entry["kind"] == "rollback":
         return f"back to {text(entry['target'])} {text(entry['reason'])}".rstrip()
     if entry["kind"] == "tag":

@@ -16,6 +16,7 @@ from ciuic_async.transparency import note
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.policy import Group, Policy
 from ciuic_async.transparency.policy import Witness as PolicyWitness
+from ciuic_async.transparency.receipt import Receipt
 from ciuic_async.transparency.witness import Witness
 
 WAIT_S = 60.0
@@ -74,6 +75,15 @@ def test_training_is_witnessed_in_the_background(witnesses: Witnesses, tmp_path:
         assert levels["witnessed"][0] == "ok"
         assert levels["witnessed"][1].startswith("3/3")
         assert chain.store.size(layout.receipt(snapshot.id)) is not None
+        chain.store.overwrite(layout.LOG_HEAD, (head := chain.head_note())[: head.index(b"\n\n") + 2] + own_line(head))
+        shown = note.parse(Receipt.decode(chain.receipt(snapshot.id), "receipt").head, "head")
+        assert len(shown.signatures) == 4  # of the head that is witnessed, though the newest shows none of it
+
+
+def own_line(head: bytes) -> bytes:
+    """The log's own signature line of a head."""
+    lines = head.decode().splitlines(keepends=True)
+    return next(line for line in lines if line.startswith("\u2014 ciuic.dev/chain/")).encode()
 
 
 def test_required_witnesses_decide_what_is_durable(witnesses: Witnesses, tmp_path: Path) -> None:
