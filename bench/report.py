@@ -33,6 +33,7 @@ ORDER = (
     "scaling",
     "kernels",
     "chain",
+    "overlap",
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }

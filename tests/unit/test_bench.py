@@ -30,6 +30,7 @@ QUESTIONS: dict[str, tuple[str, list[str]]] = {
     "scaling": ("scaling", FEW),
     "kernels": ("kernels", []),
     "chain": ("chain", []),
+    "overlap": ("overlap", []),
     "crash": ("crash", ["--contenders", "ciuic-async", "torch.save"]),
 }
 
