@@ -6,6 +6,8 @@ where an undisturbed one ends.
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -83,6 +85,8 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
 
 
 def copy_of(store: MemoryStore) -> MemoryStore:
+    # Another life of the chain: what was pinned of the ones before would contradict it.
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
     copied = MemoryStore()
     copied._files = dict(store._files)
     return copied

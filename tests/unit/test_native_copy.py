@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import signal
 import sys
 import threading
@@ -204,9 +205,10 @@ def _copy_columns() -> None:
 
 
 def _touch() -> None:
-    memory = ctypes.create_string_buffer(1 << 20)
-    for _ in range(50):
-        core.touch(ctypes.addressof(memory), 1 << 20)
+    with mmap.mmap(-1, 128 << 20) as memory:  # of which no page is there yet: long enough for a thread to wake up
+        view = (ctypes.c_char * len(memory)).from_buffer(memory)
+        core.touch(ctypes.addressof(view), len(memory))
+        del view
 
 
 _SOURCE = np.zeros(BIG if core else 0, np.uint8)
