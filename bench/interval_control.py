@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ciuic_async import Checkpointer, PendingSnapshot
+from ciuic_async import Checkpointer, KeepLatest, PendingSnapshot
 from ciuic_async.cli.demo_table import tensor_bytes
 from ciuic_async.cli.demo_training import Training
 from ciuic_async.pending import DURABLE, FAILED
@@ -72,7 +72,9 @@ class Run:
 
     def __init__(self, training: Training, folder: Path, budget: float) -> None:
         self.training = training
-        self.checkpointer = Checkpointer(folder, training.state(), overhead_budget=budget, on_error="raise")
+        keep = KeepLatest(3)  # a run takes hundreds
+        state = training.state()
+        self.checkpointer = Checkpointer(folder, state, overhead_budget=budget, keep=keep, on_error="raise")
         self._newest: PendingSnapshot | None = None
 
     def warm_up(self) -> None:
