@@ -58,7 +58,7 @@ coverage: venv
 		--deselect tests/unit/test_native_copy.py::test_releases_the_gil \
 		--deselect tests/hostile/test_manifest_bytes.py::test_many_shards_that_a_comparison_of_pairs_would_die_of \
 		$(addprefix --cov=ciuic_async/,$(COVERED)) --cov-branch --cov-report=json:build/coverage.json \
-		tests/unit tests/hostile tests/properties tests/format tests/contracts tests/equivalence
+		tests/unit tests/hostile tests/properties tests/format tests/contracts tests/equivalence tests/chain tests/services
 	$(BIN)/python -m tests.branches build/coverage.json $(COVERED)
 
 crash: venv
