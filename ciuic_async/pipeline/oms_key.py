@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from ciuic_async.errors import UsageError
+from ciuic_async.transparency.keys import fsync_folder, refuse_in_chain
 
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _LIMIT_BYTES = 16384
@@ -81,7 +82,7 @@ def _user_path() -> str:
 
 def _load(path: str, chain_folder: str | None) -> OmsKey | None:
     """The key in a file; None where there is none."""
-    _refuse_in_chain(path, chain_folder)
+    refuse_in_chain(path, chain_folder)
     try:
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -148,16 +149,4 @@ def _write_once(path: str, data: bytes, mode: int) -> None:
             os.link(temporary, path)
     finally:
         os.unlink(temporary)
-
-
-def _refuse_in_chain(path: str, chain_folder: str | None) -> None:
-    if chain_folder is None:
-        return
-    chain = os.path.realpath(chain_folder)
-    if any(os.path.commonpath([chain, place]) == chain for place in (path, os.path.realpath(path))):
-        raise UsageError(
-            f"{path}: the key lies inside the chain {chain_folder}, where whoever copies the chain gets it; "
-            "move it elsewhere",
-            kind="key_in_chain",
-            where=path,
-        )
+    fsync_folder(folder)

@@ -199,9 +199,9 @@ def install(following: SigningKey, at: SigningKey, date: str) -> str:
     try:
         if not (os.path.exists(kept) and os.path.samefile(path, kept)):  # else an attempt of before came this far
             os.link(path, kept)  # not renamed: at no moment is there no key
-        _fsync_folder(os.path.dirname(path))
+        fsync_folder(os.path.dirname(path))
         os.rename(following.path or "", path)
-        _fsync_folder(os.path.dirname(path))
+        fsync_folder(os.path.dirname(path))
     except OSError as error:
         raise UsageError(
             f"{path}: the new key cannot be put here: {os.strerror(error.errno or 0)}; the old one goes on signing, "
@@ -251,7 +251,7 @@ def _user_path() -> str | None:
 
 def _load(path: str, chain_folder: str | None) -> SigningKey | None:
     """The key in the file at ``path``; None where there is no such file. Symbolic links are followed."""
-    _refuse_in_chain(path, chain_folder)
+    refuse_in_chain(path, chain_folder)
     try:
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -282,7 +282,7 @@ def _load(path: str, chain_folder: str | None) -> SigningKey | None:
 
 def _create(path: str, chain_folder: str | None) -> SigningKey:
     """A new key at ``path``, durable on return; the other's key where another process was first."""
-    _refuse_in_chain(path, chain_folder)
+    refuse_in_chain(path, chain_folder)
     key = SigningKey.generate()
     folder = os.path.dirname(path)
     # Written aside and linked: who loses the race finds a whole file, never half of one.
@@ -297,7 +297,7 @@ def _create(path: str, chain_folder: str | None) -> SigningKey:
         finally:
             os.close(descriptor)
             os.unlink(temporary)
-        _fsync_folder(folder)
+        fsync_folder(folder)
     except FileExistsError as error:
         existing = _load(path, chain_folder)
         if existing is None:
@@ -322,10 +322,10 @@ def _make_folders(folder: str) -> None:
         _make_folders(os.path.dirname(folder))
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)
-            _fsync_folder(os.path.dirname(folder))
+            fsync_folder(os.path.dirname(folder))
 
 
-def _fsync_folder(folder: str) -> None:
+def fsync_folder(folder: str) -> None:
     """Make a name in ``folder`` durable; a folder that may not be opened or synced is left alone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -340,7 +340,8 @@ def _fsync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _refuse_in_chain(path: str, chain_folder: str | None) -> None:
+def refuse_in_chain(path: str, chain_folder: str | None) -> None:
+    """Raises UsageError (kind ``key_in_chain``) where a key's path lies inside a local chain."""
     if chain_folder is None:
         return
     chain = os.path.realpath(chain_folder)

@@ -160,7 +160,7 @@ def test_a_rotation_that_was_cut_off_goes_on(
     """
     old = data(capsys, "keys", "show", chain)
     with monkeypatch.context() as broken:
-        broken.setattr(keys, "_fsync_folder", lambda folder: (_ for _ in ()).throw(OSError(5, "broken")))
+        broken.setattr(keys, "fsync_folder", lambda folder: (_ for _ in ()).throw(OSError(5, "broken")))
         Path(f"{old['path']}.new").write_text(SigningKey.generate().secret() + "\n")
         Path(f"{old['path']}.new").chmod(0o600)
         assert run(capsys, "keys", "rotate", chain)[0] == 2
