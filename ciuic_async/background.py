@@ -92,6 +92,7 @@ class BackgroundWriter:
         self._closing = False
         self._afterwards: Callable[[], None] | None = None
         self._under_way: Job | None = None  # the writer's; others that wait come after it
+        self._when_tidied: list[Callable[[], None]] = []
         self._late = threading.Thread(target=self._watch, name="ciuic-late", daemon=True)
         self._ended = threading.Event()
         self._usual_s = 0.0
@@ -170,6 +171,16 @@ class BackgroundWriter:
         with self._mutex:
             return next((stats for stats in reversed(self._stats) if stats.step == step), None)
 
+    def when_tidied(self, call: Callable[[], None]) -> None:
+        """From a done callback: ``call`` when nothing of that snapshot is under way any more, retention included.
+
+        On the writer thread, or at once where the writer never had the snapshot. It must not raise.
+        """
+        if self._under_way is not None and threading.current_thread() is self._thread:
+            self._when_tidied.append(call)
+        else:
+            call()
+
     def record(self, stats: SnapshotStats) -> None:
         """Figures of a snapshot that came to nothing before it was submitted."""
         with self._mutex:
@@ -215,6 +226,9 @@ class BackgroundWriter:
                 self._failed(job, failure)
             finally:
                 self._under_way = None
+                tidied, self._when_tidied = self._when_tidied, []
+            for call in tidied:
+                call()
             del job  # while waiting for the next one nothing of this one is kept alive
         if self._ends_itself:
             self._end()

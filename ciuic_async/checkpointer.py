@@ -450,7 +450,13 @@ def _report(schedule: Schedule, writer: BackgroundWriter, began_s: float, pendin
     """Tell the schedule what a snapshot cost. Knows nothing of the checkpointer, which may be gone."""
     stats = writer.newest_stats(pending.step)
     stall_s, gate_s = (stats.stall_s, stats.gate_s) if stats is not None else (0.0, 0.0)
-    schedule.finished(stall_s, gate_s, time.perf_counter() - began_s, pending.phase == DURABLE)
+    to_durable_s, ok = time.perf_counter() - began_s, pending.phase == DURABLE
+
+    def finished() -> None:  # retention competes with training as much as writing does
+        tidy_s = time.perf_counter() - began_s - to_durable_s
+        schedule.finished(stall_s, gate_s, to_durable_s, ok, tidy_s)
+
+    writer.when_tidied(finished)
 
 
 def _report_leaving(writer: BackgroundWriter, notice: Notice, pending: PendingSnapshot) -> None:

@@ -83,6 +83,9 @@ class ReadOptions:
     """Records that lie side by side are read in one go up to this size: one large read costs as much as a few small."""
     run_gap_bytes: int = 64 << 10
     """As much may lie between them: reading it costs less than another read."""
+    straight_bytes: int = 2 << 20
+    """Tensors of this size and more that are made by reading lie on pages of their own, and raw chunks go there from
+    the disk without a copy. A huge page; smaller ones would waste it, and the system counts separate areas."""
     open_segments: int = 16
     """Descriptors of one restore."""
 

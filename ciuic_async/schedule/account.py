@@ -96,7 +96,7 @@ def best_interval_s(cost_s: float, mtbf_s: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What ``Schedule.finished`` was told, on its way to the training thread."""
+    """What ``Schedule.finished`` was told, on its way to the training thread. ``at_s``: when it was durable."""
 
     stall_s: float
     gate_s: float

@@ -85,16 +85,17 @@ class Schedule:
         if self._tuner is not None:
             self._tuner.taken(again)
 
-    def finished(self, stall_s: float, gate_s: float, time_to_durable_s: float, ok: bool) -> None:
-        """A snapshot that was ``taken`` is durable (``ok``), or will never be. Any thread; at once.
+    def finished(self, stall_s: float, gate_s: float, time_to_durable_s: float, ok: bool, tidy_s: float = 0.0) -> None:
+        """A snapshot that was ``taken`` is durable (``ok``) and tidied up after, or will never be. Any thread; at once.
 
         Args:
             stall_s: the training thread was blocked by it, the gate included (as in ``SnapshotStats``).
             gate_s: the share of ``stall_s`` spent in the optimizer gate.
-            time_to_durable_s: from ``taken`` until now; without meaning unless ``ok``.
+            time_to_durable_s: from ``taken`` until it was durable; without meaning unless ``ok``.
+            tidy_s: from then until now: retention, which slows training as writing does.
         """
         if self._tuner is not None:
-            self._tuner.finished(Finished(stall_s, gate_s, time_to_durable_s, ok, self._clock()))
+            self._tuner.finished(Finished(stall_s, gate_s, time_to_durable_s, ok, self._clock() - tidy_s))
 
     def restored(self, epoch: Any) -> None:
         """Training goes on from a snapshot of ``epoch``. The time until the next step is nobody's.

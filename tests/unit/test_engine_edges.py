@@ -25,6 +25,7 @@ from ciuic_async import (
     UsageError,
 )
 from ciuic_async.capture.state_tree import flatten
+from ciuic_async.schedule.rules import Schedule
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.transparency.log import Log
 
@@ -164,6 +165,30 @@ def test_running_out_of_memory_after_the_claim_fails_nothing(tmp_path: Path, mon
         first = ckpt.save().wait_durable(WAIT_S)
         monkeypatch.setattr(Log, "publish_derived", publish)
         assert ckpt.save().wait_durable(WAIT_S).parent == first.id
+
+
+def test_the_schedule_hears_of_a_snapshot_when_retention_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention slows training as writing does: a snapshot is on its way, and charged for, until it has ended."""
+    heard: list[str] = []
+    finished, prune = Schedule.finished, SnapshotChain.prune
+
+    def noted_finished(self: Schedule, *args: Any) -> None:
+        heard.append("finished" if args[3] and args[4] > 0 else "failed")
+        finished(self, *args)
+
+    def noted_prune(self: SnapshotChain, *args: Any, **options: Any) -> Any:
+        result = prune(self, *args, **options)
+        heard.append("tidied")
+        return result
+
+    monkeypatch.setattr(Schedule, "finished", noted_finished)
+    monkeypatch.setattr(SnapshotChain, "prune", noted_prune)
+    with Checkpointer(tmp_path / "chain", {"w": torch.zeros(8)}, keep=KeepLatest(1), overhead_budget=0.01) as ckpt:
+        for _ in range(2):
+            ckpt.save().wait_durable(WAIT_S)
+    assert heard == ["tidied", "finished"] * 2
 
 
 def test_retention_that_fails_is_told_once(tmp_path: Path) -> None:

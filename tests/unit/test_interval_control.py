@@ -32,8 +32,9 @@ class Machine:
     """A training loop with a disk, in simulated seconds. What it loses to snapshots is known exactly.
 
     A snapshot blocks training for ``stall_s``; then its bytes go to the disk, which makes each step
-    ``1 + slowdown`` times longer. ``noise`` is the standard deviation of a step's logarithm, ``hiccups`` the share of
-    steps that take twice as long, ``pause`` a pair: every so many steps training stands still for so many seconds.
+    ``1 + slowdown`` times longer, and so does retention for ``tidy_s`` after that. ``noise`` is the standard deviation
+    of a step's logarithm, ``hiccups`` the share of steps that take twice as long, ``pause`` a pair: every so many steps
+    training stands still for so many seconds.
     """
 
     step_s: Callable[[float], float] = lambda now_s: 0.25
@@ -41,6 +42,7 @@ class Machine:
     slowdown: float = 0.1
     size_bytes: float = 600e6
     bandwidth: Callable[[float], float] = lambda now_s: 300e6
+    tidy_s: float = 0.0
     noise: float = 0.0
     hiccups: float = 0.0
     pause: tuple[int, float] = (0, 0.0)
@@ -111,7 +113,7 @@ class Machine:
             self.now_s, self.durable_s = self.durable_s, None
             began_s = self.taken_s[-1]
             ok = not self.fails(len(self.taken_s))
-            schedule.finished(self.stall_s, 0.0, self.now_s - began_s, ok)
+            schedule.finished(self.stall_s, 0.0, self.now_s - self.tidy_s - began_s, ok, self.tidy_s)
         self.now_s = end_s
 
     def _take(self, schedule: Schedule) -> None:
@@ -119,7 +121,7 @@ class Machine:
         self.taken_s.append(self.now_s)
         self._lose(self.stall_s)
         self.now_s += self.stall_s
-        self.durable_s = self.now_s + self.size_bytes / self.bandwidth(self.now_s)
+        self.durable_s = self.now_s + self.size_bytes / self.bandwidth(self.now_s) + self.tidy_s
 
     def _lose(self, seconds: float) -> None:
         self.lost_s += seconds
@@ -142,6 +144,7 @@ CONDITIONS: dict[str, tuple[float, dict[str, object]]] = {
     "a machine that drifts": (4, {"noise": 0.03, "step_s": lambda now_s: 0.25 * (1 + 0.04 * math.sin(now_s / 60))}),
     "a disk that becomes slower": (4, {"noise": 0.05, "bandwidth": lambda now_s: 300e6 if now_s < 2 * HOURS else 60e6}),
     "a disk that becomes faster": (4, {"noise": 0.05, "bandwidth": lambda now_s: 60e6 if now_s < 2 * HOURS else 300e6}),
+    "retention": (4, {"noise": 0.05, "tidy_s": 1.5}),
     "evaluation": (4, {"noise": 0.05, "pause": (1000, 60.0)}),
     "other batches": (4, {"noise": 0.05, "step_s": lambda now_s: 0.25 if now_s < 2 * HOURS else 0.4}),
     "short steps": (0.2, {"noise": 0.1, "step_s": lambda now_s: 0.002, "stall_s": 0.005, "size_bytes": 30e6}),
