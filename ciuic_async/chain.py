@@ -21,7 +21,7 @@ from ciuic_async.format.chain_file import ChainFile
 from ciuic_async.format.entry import Common, FileReference, KeyEntry, NoteEntry, RollbackEntry, TagEntry
 from ciuic_async.listing import list_entries
 from ciuic_async.mirroring.home import bring_home
-from ciuic_async.mirroring.mirror import Mirror, MirrorStatus
+from ciuic_async.mirroring.mirror import Mirror, MirrorStatus, paired
 from ciuic_async.options import RETENTION
 from ciuic_async.pipeline.commit import CommitTarget, resolve
 from ciuic_async.pipeline.diff import Difference, diff
@@ -32,7 +32,6 @@ from ciuic_async.retention.collect import PruneReport
 from ciuic_async.retention.policy import Policy
 from ciuic_async.snapshot import Snapshot
 from ciuic_async.stores.base import Store
-from ciuic_async.stores.fallback import FallbackStore
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.resolve import resolve as resolve_store
 from ciuic_async.transparency import keys, note, proof, receipt
@@ -102,7 +101,7 @@ class SnapshotChain:
         self._trust = None if trust is None else Trust.parse(trust)
         self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
         self._local = resolve_store(url)
-        pair = None if mirror is None else FallbackStore(self._local, resolve_store(mirror))
+        pair = None if mirror is None else paired(self._local, resolve_store(mirror))
         self._store: Store = self._local if pair is None else pair
         self._previous = previous
         self._pins = Pins.of_user()

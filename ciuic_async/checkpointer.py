@@ -39,6 +39,7 @@ from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, SaveFai
 from ciuic_async.events import Listener, SnapshotStats, logger
 from ciuic_async.keeper.client import Keeper, check_available
 from ciuic_async.keeper.rescue import Charge
+from ciuic_async.mirroring.mirror import Mirror
 from ciuic_async.overlap import Overlap
 from ciuic_async.pending import DURABLE, FAILED, PendingSnapshot
 from ciuic_async.pipeline.persist import Persister
@@ -165,6 +166,7 @@ class Checkpointer:
             self._keeper,
             self._preemption,
             self._chain if self._owns_chain else None,
+            self._chain.mirror,
         )
         options = TakingOptions(
             rng,
@@ -278,7 +280,7 @@ class Checkpointer:
         self._surface_errors()
         if replicated and mirror is not None:
             left_s = None if deadline_s is None else max(deadline_s - time.monotonic(), 0.0)
-            mirror.wait(self._chain.log_size, left_s)
+            mirror.wait_all(self._chain.log_size, left_s)
 
     def close(self) -> None:
         """Make everything taken durable, then stop the writer and give back memory. Idempotent.
@@ -510,6 +512,7 @@ def _end(
     keeper: Keeper | None,
     preemption: Preemption | None,
     chain: SnapshotChain | None,
+    mirror: Mirror | None,
 ) -> None:
     """Finish what was taken. Knows nothing of the checkpointer, which may be gone."""
     if os.getpid() != owner_pid:
@@ -521,6 +524,8 @@ def _end(
             keeper.close()
         if chain is not None:
             chain.close()
+        elif mirror is not None:
+            mirror.flush()
 
     try:
         try:

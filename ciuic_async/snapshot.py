@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ciuic_async.errors import UsageError
 from ciuic_async.events import Listener
@@ -18,7 +18,15 @@ from ciuic_async.transparency.log import Log
 if TYPE_CHECKING:
     import torch
 
-    from ciuic_async.mirroring.mirror import Mirror
+
+class Replication(Protocol):
+    """What a snapshot asks of its chain's mirror (``mirroring.mirror.Mirror``)."""
+
+    def holds(self, index: int, entry: SnapshotEntry) -> bool:
+        """Whether entry and data are there."""
+
+    def require(self, index: int, entry: SnapshotEntry, timeout_s: float | None = None) -> None:
+        """Wait for them; raises where they do not come."""
 
 
 class Snapshot:
@@ -36,7 +44,7 @@ class Snapshot:
         line: Line,
         names: dict[bytes, str] | None = None,
         named: dict[str, tuple[str, ...]] | None = None,
-        mirror: Mirror | None = None,
+        mirror: Replication | None = None,
     ) -> None:
         self._store = store
         self._log = log

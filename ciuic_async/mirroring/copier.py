@@ -88,6 +88,8 @@ class Copier:
         self._opened = False
         self._looked_back = False
         self._tidied = False
+        self._freed = False
+        """There are prune entries in the mirror whose files are not deleted there yet."""
         self.lacking: dict[str, str] = {}
         """Living snapshots whose entry is in the mirror or on its way, and whose data is not; and why."""
 
@@ -121,11 +123,10 @@ class Copier:
             self._look_back()
             self._looked_back = True
         groups = 0
-        freed = False
         while self.replicated_size < self.log_size:
             self._pause()
             try:
-                freed |= self._copy(self._next_group())
+                self._copy(self._next_group())
             except _PrunedMeanwhileError:
                 self._here.refresh()
                 continue
@@ -134,16 +135,15 @@ class Copier:
                 self._publish_derived()
             self._here.refresh()
         self._publish_derived()
-        self._tidy(freed)
+        self._tidy()
 
     def look(self) -> None:
         """See how far chain and mirror are, and that they are one history. Raises as ``turn``; writes nothing."""
-        self._here.refresh()
         try:
             there = self._there.refresh()
         except IntegrityError as error:
             raise self._contradiction(f"its log does not hold: {error}", error.where) from error
-        here = self._here.head
+        here = self._here.refresh()  # after the mirror: what other nodes copied meanwhile is here by now
         if there.size <= here.size:
             if self._here.root_at(there.size) != there.root:
                 raise self._contradiction("it holds other bytes than the chain here", self._first_other_slot())
@@ -222,14 +222,13 @@ class Copier:
             at += len(entries)
         return steps
 
-    def _copy(self, steps: list[_Step]) -> bool:
-        """Copy a group; whether its entries let files go."""
+    def _copy(self, steps: list[_Step]) -> None:
         for step in steps:
             for _, entry in step.snapshots:
                 self._send(entry)
-        frees = any(step.frees for step in steps)
-        if frees:
+        if any(step.frees for step in steps):
             self._send_moved()
+            self._freed = True
         for step in steps:
             self._put_slot(step.name)
         before = self.replicated_size
@@ -244,7 +243,6 @@ class Copier:
             for index, entry in step.snapshots:
                 if entry.snapshot not in self.lacking:
                     self._arrived(index, entry)
-        return frees
 
     def _send(self, entry: SnapshotEntry) -> None:
         """A snapshot's data. What is damaged here is told of and left out: the newer ones must not wait for it."""
@@ -338,13 +336,20 @@ class Copier:
             self._published.refresh()
             publish_derived(self._here, self._published, self._local, self._mirror, self._key)
 
-    def _tidy(self, freed: bool) -> None:
-        """Delete there what prune entries freed: their slots are in the mirror by now."""
-        if freed:
-            collect.sweep_copy(self._view, self._there)
-        if not self._tidied:
-            collect.gc(self._view, self._there)
-            self._tidied = True
+    def _tidy(self) -> None:
+        """Delete there what prune entries freed: their slots are in the mirror by now.
+
+        Where nobody can say what is still needed, nothing goes, and that is no failure of the copy.
+        """
+        try:
+            if self._freed:
+                collect.sweep_copy(self._view, self._there)
+                self._freed = False
+            if not self._tidied:
+                self._tidied = True
+                collect.gc(self._view, self._there)
+        except IntegrityError as error:
+            logger.warning("%s: nothing is deleted in the mirror: %s", self._mirror.url, error)
         for snapshot in [one for one in self.lacking if not is_live(self._here, one)]:
             del self.lacking[snapshot]
 

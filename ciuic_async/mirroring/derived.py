@@ -15,7 +15,7 @@ from ciuic_async.transparency.receipt import LIMIT_BYTES as RECEIPT_LIMIT_BYTES
 
 
 def publish_derived(here: Log, there: Log, local: Store, mirror: Store, key: Callable[[], SigningKey | None]) -> None:
-    """Give the mirror tiles and the log head.
+    """Give the mirror tiles and the log head; or, with the two places exchanged, the chain what comes home.
 
     The head is the chain's own file, cosignatures included, where it is of the size that the mirror has. For a copy
     that is under way the key here signs one, if the log knows it: the one head that the log can have at that size. Else

@@ -18,6 +18,7 @@ from ciuic_async.format.chain_file import ChainFile
 from ciuic_async.format.entry import KeyEntry, SnapshotEntry
 from ciuic_async.format.locator import SegmentReference
 from ciuic_async.mirroring.copier import check_same_chain, read_chain_file
+from ciuic_async.mirroring.derived import publish_derived
 from ciuic_async.mirroring.sending import Sender, SourceError
 from ciuic_async.pipeline.commit import resolve
 from ciuic_async.pipeline.history import live_snapshots, the_line
@@ -77,10 +78,13 @@ def bring_home(local: Store, mirror: Store, data: bytes | None, check_pin: Calla
         check_same_chain(mirror, found, read_chain_file(local) or b"")
     here = Log(local, there.origin, quiet=True)
     here.refresh()
-    if len(there) > len(here) and there.root_at(len(here)) == here.head.root:
-        if data is not None:
-            check_pin(there)
-        _bring_log(local, mirror, here, there)
+    if len(there) >= len(here) and there.root_at(len(here)) == here.head.root:
+        if len(there) > len(here):
+            if data is not None:
+                check_pin(there)
+            _bring_log(local, mirror, here, there)
+        if len(here):
+            publish_derived(there, here, mirror, local, lambda: None)  # who brought it home before may have died here
     return found
 
 
@@ -117,9 +121,6 @@ def _bring_log(local: Store, mirror: Store, here: Log, there: Log) -> None:
             local.create(name, data)
         at += len(slot.entries)
     here.refresh()
-    head = there.head_note
-    if head is not None and len(here) == len(there):
-        here.publish_derived(head)
     logger.warning("%s: %d entries were missing here and were brought home from %s", local.url, lost, mirror.url)
 
 

@@ -21,7 +21,9 @@ from ciuic_async.mirroring.copier import Copier
 from ciuic_async.mirroring.home import Homing
 from ciuic_async.mirroring.presence import Presence
 from ciuic_async.pipeline.persist import lower_priority
+from ciuic_async.stores.base import Store
 from ciuic_async.stores.fallback import FallbackStore
+from ciuic_async.stores.local import LocalStore
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
 
@@ -67,6 +69,18 @@ class _ClosedError(Exception):
 
 class _WantedError(Exception):
     """There is something more urgent to do."""
+
+
+def paired(local: Store, mirror: Store) -> FallbackStore:
+    """A chain's place and its mirror's as one store.
+
+    Raises:
+        UsageError: kind ``mirror_is_chain``; they are one place.
+    """
+    places = [os.path.realpath(one.url) if isinstance(one, LocalStore) else one.url for one in (local, mirror)]
+    if places[0] == places[1]:
+        raise UsageError(f"{mirror.url}: is the chain itself, and no mirror of it", kind="mirror_is_chain")
+    return FallbackStore(local, mirror)
 
 
 class Mirror:
@@ -128,17 +142,45 @@ class Mirror:
             self._start()
             self._changed.notify_all()
 
-    def wait(self, size: int, timeout_s: float | None = None) -> None:
-        """Wait until ``size`` entries are in the mirror, with all data of the living snapshots among them.
+    def wait_all(self, size: int, timeout_s: float | None = None) -> None:
+        """Wait until ``size`` entries are in the mirror, and all data of the living snapshots among them.
+
+        Raises:
+            SaveFailedError: kind ``not_replicated``; data of some was damaged here before it was copied.
+            As ``wait``.
+        """
+        self.wait(size, timeout_s)
+        with self._changed:
+            lacking = dict(self._lacking)
+        for snapshot, why in lacking.items():
+            raise SaveFailedError(
+                f"{len(lacking)} snapshots are not replicated to {self._url}; {snapshot}: {why}",
+                kind="not_replicated",
+                where=self._url,
+            )
+
+    def flush(self, timeout_s: float = CLOSE_S) -> None:
+        """Let the mirror have what there is, if copying works and takes no longer; else the log says what it lacks."""
+        if os.getpid() != self._owner_pid:
+            return
+        try:
+            self.wait(self._log_size, timeout_s, patient=False)
+        except (CiuicError, TimeoutError) as error:
+            self._say_behind(error)
+
+    def wait(self, size: int, timeout_s: float | None = None, *, patient: bool | None = None) -> None:
+        """Wait until ``size`` entries are in the mirror.
 
         Args:
-            timeout_s: None: as long as copying works; the first attempt that fails raises.
+            timeout_s: None: as long as copying works.
+            patient: go on waiting when an attempt fails; default: where there is a ``timeout_s``.
 
         Raises:
             TimeoutError: not within ``timeout_s`` seconds; copying goes on.
             StoreError: the mirror cannot be written now (without ``timeout_s``); it is tried again behind.
             IntegrityError, UsageError: nothing more is copied (see ``Copier.turn``).
         """
+        patient = timeout_s is not None if patient is None else patient
         with self._changed:
             turn = self._turn + 1  # what fails before it may be over by now
         self.notice(size)
@@ -146,7 +188,7 @@ class Mirror:
         def settled() -> bool:
             if (self._size or 0) >= size or self._stopped or self._ended or self._thread is None:
                 return True
-            return timeout_s is None and self._error is not None and self._failed_turn >= turn
+            return not patient and self._error is not None and self._failed_turn >= turn
 
         with self._changed:
             in_time = self._changed.wait_for(settled, timeout_s)
@@ -199,6 +241,8 @@ class Mirror:
 
     def holds(self, index: int, entry: SnapshotEntry) -> bool:
         """Whether a snapshot is replicated. Unless it was in this process, the mirror is asked; False: or cannot be."""
+        if os.getpid() != self._owner_pid:
+            return False  # a lock may have been held when this process was forked
         with self._changed:
             if entry.snapshot in self._seconds:
                 return True
@@ -242,15 +286,13 @@ class Mirror:
             return
         thread.join(timeout_s + _JOIN_S)
         self._thread = None
-        with self._changed:
-            behind = self._log_size - (self._size or 0)
-            if behind > 0:
-                why = "" if self._error is None else f": {self._error}"
-                message = "%s: closed with %d of %d entries replicated; the others are durable in the chain alone%s"
-                logger.warning(message, self._url, self._size or 0, self._log_size, why)
+        if self._behind():
+            self._say_behind(self._error)
 
     def stop(self, timeout_s: float = 0.0) -> None:
         """As ``close``, without waiting: the thread ends by itself."""
+        if os.getpid() != self._owner_pid:
+            return
         with self._changed:
             if self._closing_s is None:
                 self._closing_s = time.monotonic() + timeout_s
@@ -313,6 +355,11 @@ class Mirror:
             self._last_turn = self._closing_s is not None
             return True
 
+    def _say_behind(self, error: Exception | None) -> None:
+        why = "" if error is None else f": {error}"
+        message = "%s: %d of %d entries are replicated; the others are durable in the chain alone%s"
+        logger.warning(message, self._url, self._size or 0, self._log_size, why)
+
     def _behind(self) -> bool:
         return (self._size or 0) < self._log_size
 
@@ -366,6 +413,7 @@ class Mirror:
             seconds = None if durable_s is None else time.monotonic() - durable_s
             self._remember(entry.snapshot, seconds)
             self._size = max(self._size or 0, index + 1)
+            self._lacking = dict(self._copier.lacking)
             self._changed.notify_all()
         logger.info(
             "snapshot %s replicated to %s: step %s%s",

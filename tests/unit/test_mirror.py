@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import threading
 import warnings
@@ -15,6 +17,7 @@ import torch
 import ciuic_async
 from ciuic_async import Checkpointer, CiuicWarning, IntegrityError, KeepLatest, SnapshotChain, StoreError, UsageError
 from ciuic_async import chain as chain_module
+from ciuic_async.cli.main import main
 from ciuic_async.format import layout
 from ciuic_async.mirroring import mirror as mirror_module
 from ciuic_async.stores.base import Store
@@ -39,7 +42,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def essence(folder: Path) -> dict[str, bytes]:
     """The same without partial tiles of earlier sizes, which a mirror that was behind never had."""
-    return {name: data for name, data in files(folder).items() if ".p/" not in name}
+    return essence_of(files(folder))
+
+
+def essence_of(found: dict[str, bytes]) -> dict[str, bytes]:
+    """See ``essence``."""
+    return {name: data for name, data in found.items() if ".p/" not in name}
 
 
 def save(chain: SnapshotChain, *steps: int) -> None:
@@ -78,7 +86,7 @@ def test_the_mirror_is_the_chain_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_training_replicates_behind_it(tmp_path: Path) -> None:
-    """``flush(replicated=True)`` waits for the mirror; statistics say how long it took; facts are those of the mirror."""
+    """``flush(replicated=True)`` waits for the mirror; statistics say how long that took."""
     model = torch.nn.Linear(40, 40)
     chain = mirrored(tmp_path)
     with Checkpointer(chain, {"model": model}, every_steps=1, keep=KeepLatest(2)) as ckpt:
@@ -142,6 +150,42 @@ def test_a_mirror_is_of_one_chain(tmp_path: Path) -> None:
         SnapshotChain(tmp_path / "other", mirror=tmp_path / "mirror")
     assert refused.value.kind == "mirror_of_another"
     assert files(tmp_path / "mirror") == before
+
+
+def test_a_chain_is_not_its_own_mirror(tmp_path: Path) -> None:
+    """One place under two names is refused."""
+    (tmp_path / "link").symlink_to(tmp_path / "chain")
+    for place in (tmp_path / "chain", tmp_path / "link", f"file://{tmp_path}/chain"):
+        with pytest.raises(UsageError) as refused:
+            SnapshotChain(tmp_path / "chain", mirror=place)
+        assert refused.value.kind == "mirror_is_chain"
+
+
+def test_closing_training_lets_the_mirror_have_everything(tmp_path: Path) -> None:
+    """Nobody has to remember a flush: after ``close`` of the checkpointer the mirror has its last snapshot."""
+    chain = mirrored(tmp_path)
+    with Checkpointer(chain, {"t": torch.ones(3)}) as ckpt:
+        ckpt.save()
+    assert len(SnapshotChain(tmp_path / "mirror", create=False)) == 1
+    chain.close()
+
+
+def test_a_forked_child_leaves_the_mirror_alone(tmp_path: Path) -> None:
+    """A child of a data loader copies nothing, waits for nothing and ends at once; the parent goes on."""
+    with mirrored(tmp_path) as chain:
+        save(chain, 1)
+        mirror = chain.mirror
+        assert mirror is not None
+        child = os.fork()
+        if child == 0:  # no exception may leave this block: it would run the tests again
+            try:
+                mirror.notice(99)
+                mirror.close()
+                os._exit(0 if mirror._log_size < 99 and mirror._closing_s is None else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        save(chain, 2)
 
 
 def test_what_the_mirror_lost_is_sent_again(tmp_path: Path) -> None:
@@ -317,6 +361,23 @@ def test_entries_that_were_lost_here_come_home(tmp_path: Path) -> None:
     assert essence(tmp_path / "mirror") == essence(tmp_path / "chain")
 
 
+def test_a_mirror_whose_head_is_behind_comes_home_too(tmp_path: Path) -> None:
+    """A copier died between slots and head: all entries come home, and the next writer makes the head."""
+    with mirrored(tmp_path) as chain:
+        save(chain, 1)
+    old = (tmp_path / "mirror" / layout.LOG_HEAD).read_bytes()
+    with mirrored(tmp_path) as chain:
+        save(chain, 2)
+    (tmp_path / "mirror" / layout.LOG_HEAD).write_bytes(old)
+    lose(tmp_path / "chain")
+    with mirrored(tmp_path) as chain:
+        with pytest.warns(CiuicWarning, match="log head is missing"):
+            assert len(chain) == 2
+        save(chain, 3)
+        wait_home(chain)
+    assert essence(tmp_path / "mirror") == essence(tmp_path / "chain")
+
+
 def test_a_mirror_that_was_taken_back_is_refused_by_the_pin(tmp_path: Path) -> None:
     """The pin knows more than a mirror that was rolled back: nothing is brought home from it."""
     with mirrored(tmp_path) as chain:
@@ -388,3 +449,74 @@ def test_without_a_chain_a_mirror_that_does_not_answer_is_an_error(dead: DeadSto
     with pytest.raises(StoreError, match="cannot be asked"):
         SnapshotChain(tmp_path / "chain", mirror="dead://")
     assert not (tmp_path / "chain").exists()
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit code and stdout of a command in this process."""
+    code = main([str(argument) for argument in arguments])
+    return code, capsys.readouterr().out
+
+
+def test_the_command_line_copies_tells_and_brings_home(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``ciuic mirror`` once, its status before and after, ``log`` and ``verify`` with a mirror, and the way home."""
+    chain, mirror = tmp_path / "chain", tmp_path / "mirror"
+    for step in (1, 2):
+        ciuic_async.save(state_at(step), chain)
+    assert run(capsys, "mirror", chain, mirror, "--status")[0] == 1
+    code, out = run(capsys, "mirror", chain, mirror, "--once", "--read-back", "--json")
+    assert code == 0
+    assert json.loads(out)["replicated_size"] == 3
+    assert run(capsys, "verify", chain, "--mirror", mirror)[0] == 0
+    ciuic_async.save(state_at(3), chain)
+    code, out = run(capsys, "mirror", chain, mirror, "--status", "--json")
+    assert code == 1
+    assert [row["replicated"] for row in json.loads(out)["snapshots"]] == [True, True, False]
+    code, out = run(capsys, "log", chain, "--mirror", mirror)
+    assert code == 0
+    assert ["not replicated" in line for line in out.splitlines()] == [False, True, False, False]
+    assert run(capsys, "verify", chain, "--mirror", mirror)[0] == 0  # behind is no damage
+    assert run(capsys, "mirror", chain, mirror, "--once")[0] == 0
+    assert run(capsys, "mirror", chain, mirror, "--status")[0] == 0
+    before = files(chain)
+    lose(chain)
+    assert run(capsys, "mirror", chain, mirror, "--once")[0] == 3
+    code, out = run(capsys, "mirror", chain, mirror, "--home", "--json")
+    assert (code, json.loads(out)["missing"]) == (0, [])
+    assert essence_of(files(chain)) == essence_of(before)
+
+
+@pytest.mark.damages
+def test_verify_of_a_mirror_finds_every_kind_of_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit in the mirror's segment is exit code 4; so is the mirror of another history."""
+    with mirrored(tmp_path) as chain:
+        save(chain, 1)
+    segment = next((tmp_path / "mirror" / "segments").rglob("*.seg"))
+    flip(segment, segment.stat().st_size // 2)
+    assert run(capsys, "verify", tmp_path / "chain", "--mirror", tmp_path / "mirror")[0] == 4
+    flip(segment, segment.stat().st_size // 2)
+    assert run(capsys, "verify", tmp_path / "chain", "--mirror", tmp_path / "mirror")[0] == 0
+    ciuic_async.save(state_at(1), tmp_path / "other")
+    assert run(capsys, "verify", tmp_path / "other", "--mirror", tmp_path / "mirror")[0] == 2
+
+
+def test_a_mirror_that_was_behind_comes_home_when_a_person_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest entries died with the disk, and the pin knows of them: coming home takes ``repin`` with a reason."""
+    with mirrored(tmp_path) as chain:
+        save(chain, 1)
+    with SnapshotChain(tmp_path / "chain") as alone:
+        ciuic_async.save(state_at(2), alone)
+    lose(tmp_path / "chain")
+    with pytest.raises(IntegrityError, match="repin"):
+        mirrored(tmp_path)
+    assert run(capsys, "chain", "repin", tmp_path / "mirror", "--reason", "disk lost")[0] == 0
+    with mirrored(tmp_path) as chain:
+        latest = chain.latest()
+        assert latest is not None
+        assert same(latest.load(), state_at(1))
+        save(chain, 3)
+        wait_home(chain)
