@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ciuic_async.errors import CiuicError, InternalError, SaveFailedError, StoreError
+from ciuic_async.errors import CiuicError, InternalError, SaveFailedError, StoreError, UsageError
 from ciuic_async.events import logger
 from ciuic_async.format.chain_file import ChainFile
 from ciuic_async.format.entry import SnapshotEntry
@@ -99,7 +99,7 @@ class Mirror:
         )
         origin = ChainFile.decode(chain_file).origin
         self._homing = Homing(
-            pair, Log(pair.here, origin, quiet=True), pause=self._check_not_closing, between=self._check_idle
+            pair, Log(pair.here, origin, quiet=True), pause=self._check_open, between=self._check_idle
         )
         self._presence = Presence(pair, origin)
         self._owner_pid = os.getpid()
@@ -274,7 +274,8 @@ class Mirror:
             return MirrorStatus(self._url, self._log_size, self._size, error, self._stopped, dict(self._lacking))
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Copy what there is, if that takes no longer than ``timeout_s``; then end the thread. Idempotent.
+        """Copy what there is, and bring home what is not here, if that takes no longer than ``timeout_s``; then end the
+        thread. Idempotent.
 
         What is not replicated by then is said in the log, and copied when the chain is opened again.
         """
@@ -341,7 +342,8 @@ class Mirror:
         with self._changed:
             if self._stopped or self._last_turn:
                 return False
-            if self._closing_s is not None and self._turn and (self._failures or not self._behind()):
+            idle = not self._behind() and self._home == self._turn
+            if self._closing_s is not None and self._turn and (self._failures or idle):
                 return False
             pause_s = LOOK_AGAIN_S
             if self._failures:
@@ -373,13 +375,9 @@ class Mirror:
         if closing_s is not None and time.monotonic() >= closing_s:
             raise _ClosedError
 
-    def _check_not_closing(self) -> None:
-        if self._closing_s is not None:
-            raise _ClosedError
-
     def _check_idle(self) -> None:
-        self._check_not_closing()
-        if self._wanted:
+        self._check_open()
+        if self._wanted and self._closing_s is None:
             raise _WantedError
 
     def _succeeded(self) -> None:

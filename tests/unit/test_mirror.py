@@ -176,7 +176,9 @@ def test_a_forked_child_leaves_the_mirror_alone(tmp_path: Path) -> None:
         save(chain, 1)
         mirror = chain.mirror
         assert mirror is not None
-        child = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: this process has threads, on purpose
+            child = os.fork()
         if child == 0:  # no exception may leave this block: it would run the tests again
             try:
                 mirror.notice(99)
