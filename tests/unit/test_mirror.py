@@ -19,6 +19,7 @@ from ciuic_async import Checkpointer, CiuicWarning, IntegrityError, KeepLatest, 
 from ciuic_async import chain as chain_module
 from ciuic_async.cli.main import main
 from ciuic_async.format import layout
+from ciuic_async.format.digest import Buffer
 from ciuic_async.mirroring import mirror as mirror_module
 from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore
@@ -444,6 +445,41 @@ def test_a_dead_mirror_delays_nothing(dead: DeadStore, tmp_path: Path, monkeypat
         chain.close()
     assert len(told) <= 1
     assert verify_store(dead).problems == ()
+
+
+class StuckStore(MemoryStore):
+    """Takes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def create(self, name: str, data: Buffer) -> None:
+        self.reached.set()
+        assert self.go.wait(WAIT_S)
+        super().create(name, data)
+
+
+def test_a_mirror_that_hangs_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Snapshots become durable while a call to the mirror hangs, and ``close`` waits no longer than it was given: it
+    says what is not replicated."""
+    store = StuckStore()
+    resolve: Callable[[Any], Store] = lambda url: store if url == "stuck://" else real_resolve(url)  # noqa: E731
+    monkeypatch.setattr(chain_module, "resolve_store", resolve)
+    chain = SnapshotChain(tmp_path / "chain", mirror="stuck://")
+    first = ciuic_async.save(state_at(1), chain)
+    assert store.reached.wait(WAIT_S)
+    ciuic_async.save(state_at(2), chain)
+    assert len(chain) == 2
+    with pytest.raises(TimeoutError, match="0 of 2 entries"):
+        first.wait_replicated(0.01)
+    assert chain.mirror is not None
+    chain.mirror.close(0.01)
+    assert "0 of 3 entries are replicated" in caplog.text
+    store.go.set()
+    chain.close()
 
 
 def test_without_a_chain_a_mirror_that_does_not_answer_is_an_error(dead: DeadStore, tmp_path: Path) -> None:
