@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -18,6 +20,8 @@ from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
 from ciuic_async.format.chain_file import ChainFile
 from ciuic_async.format.entry import Common, FileReference, KeyEntry, NoteEntry, RollbackEntry, TagEntry
 from ciuic_async.listing import list_entries
+from ciuic_async.mirroring.home import bring_home
+from ciuic_async.mirroring.mirror import Mirror, MirrorStatus, paired
 from ciuic_async.options import RETENTION
 from ciuic_async.pipeline.commit import CommitTarget, resolve
 from ciuic_async.pipeline.diff import Difference, diff
@@ -71,6 +75,9 @@ class SnapshotChain:
             snapshot counts as durable when a quorum has. ``verify`` goes by the same policy. Where it names keys of
             this chain, others may not write, unless ``"writers": "any"`` is there too.
         previous: for a new chain that goes on where another ended.
+        mirror: a second place, path or URL, that everything is copied to behind the commits (docs/mirror.md). What is
+            damaged here is read from there; a chain that is lost here, or whose newest entries are, is brought home
+            from there, unless ``create`` is False.
 
     When the log is first read, and before anything is written, it is compared with the user's pin, if there is one: a
     log that was rolled back or rewritten since is an IntegrityError (kind ``pin_rollback``, ``pin_fork``). What is
@@ -89,10 +96,13 @@ class SnapshotChain:
         ordering: str | None = None,
         trust: Mapping[str, object] | None = None,
         previous: Previous | None = None,
+        mirror: str | os.PathLike[str] | None = None,
     ) -> None:
         self._trust = None if trust is None else Trust.parse(trust)
         self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
-        self._store = resolve_store(url)
+        self._local = resolve_store(url)
+        pair = None if mirror is None else paired(self._local, resolve_store(mirror))
+        self._store: Store = self._local if pair is None else pair
         self._previous = previous
         self._pins = Pins.of_user()
         self._knows_pin = False
@@ -101,6 +111,8 @@ class SnapshotChain:
         self._run = run or layout.new_id()
         self._mutex = threading.RLock()
         data = self._read_chain_file()
+        if pair is not None and create:
+            data = bring_home(pair.here, pair.there, data, self._check_pin_of)
         if data is None:
             if not create:
                 raise NotFoundError(
@@ -113,6 +125,11 @@ class SnapshotChain:
         self._file_reference = FileReference(layout.CHAIN_FILE, sha256(data).digest(), len(data))
         self._log = self._open_log()
         self._witnessing: Witnessing | None = None
+        self._mirror: Mirror | None = None
+        if pair is not None:
+            find_key = partial(keys.find, key, chain_folder=self._folder)
+            self._mirror = Mirror(pair, data, find_key)
+            weakref.finalize(self, self._mirror.stop)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -134,7 +151,8 @@ class SnapshotChain:
     def __iter__(self) -> Iterator[Snapshot]:
         self._refresh()
         names, named = parents(self._log), tags(self._log)
-        return iter([Snapshot(self._store, self._log, line, names, named) for line in live_snapshots(self._log)])
+        lines = live_snapshots(self._log)
+        return iter([Snapshot(self._store, self._log, line, names, named, self._mirror) for line in lines])
 
     def __len__(self) -> int:
         self._refresh()
@@ -189,7 +207,7 @@ class SnapshotChain:
         """
         own = self._trust
         return verify_store(
-            self._store,
+            self._local,
             deep=deep,
             level=level,
             keys=keys,
@@ -409,7 +427,16 @@ class SnapshotChain:
 
     def snapshot(self, line: Line) -> Snapshot:
         """The snapshot at a place in the log. For the engine."""
-        return Snapshot(self._store, self._log, line)
+        return Snapshot(self._store, self._log, line, mirror=self._mirror)
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """What copies the chain to its mirror. For the engine."""
+        return self._mirror
+
+    def mirror_status(self) -> MirrorStatus | None:
+        """How far the mirror is; None without one."""
+        return None if self._mirror is None else self._mirror.status()
 
     @property
     def log_size(self) -> int:
@@ -432,11 +459,16 @@ class SnapshotChain:
         return self._store
 
     def close(self) -> None:
-        """End what asks witnesses, and give back descriptors. Idempotent; waits 5 s at most."""
+        """End what asks witnesses and copies to a mirror, and give back descriptors.
+
+        Idempotent; waits 5 s at most for witnesses, and 30 s for what is not replicated yet.
+        """
         with self._mutex:
             witnessing, self._witnessing = self._witnessing, None
         if witnessing is not None:
             witnessing.close()
+        if self._mirror is not None:
+            self._mirror.close()
         self._store.close()
 
     def __enter__(self) -> SnapshotChain:
@@ -469,7 +501,9 @@ class SnapshotChain:
         self._notice()
 
     def _notice(self) -> None:
-        """Let witnesses know that there is more. Fails at nothing, waits for nobody."""
+        """Let witnesses and the mirror know that there is more. Fails at nothing, waits for nobody."""
+        if self._mirror is not None:
+            self._mirror.notice(len(self._log))
         with suppress(CiuicError):
             witnessing = self._witnesses()
             if witnessing is not None:
@@ -485,6 +519,9 @@ class SnapshotChain:
         self._pins.check(self.origin, self._log, lambda: self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES))
         self._knows_pin = True
 
+    def _check_pin_of(self, log: Log) -> None:
+        self._pins.check(log.origin, log)
+
     def _no_head(self, ref: str) -> NotFoundError:
         return NotFoundError(
             f"{self._store.url}: no log head holds {ref} yet; the next writer makes one", kind="no_head", where=ref
@@ -492,7 +529,7 @@ class SnapshotChain:
 
     @property
     def _folder(self) -> str | None:
-        return self._store.url if isinstance(self._store, LocalStore) else None
+        return self._local.url if isinstance(self._local, LocalStore) else None
 
     def _read_chain_file(self) -> bytes | None:
         try:

@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,10 +35,11 @@ from ciuic_async.capture import training
 from ciuic_async.capture.state_tree import encode_plain
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.codecs.choose import encoder_for
-from ciuic_async.errors import CiuicError, CiuicWarning, SaveFailedError, UsageError
+from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, SaveFailedError, UsageError
 from ciuic_async.events import Listener, SnapshotStats, logger
 from ciuic_async.keeper.client import Keeper, check_available
 from ciuic_async.keeper.rescue import Charge
+from ciuic_async.mirroring.mirror import Mirror
 from ciuic_async.overlap import Overlap
 from ciuic_async.pending import DURABLE, FAILED, PendingSnapshot
 from ciuic_async.pipeline.persist import Persister
@@ -164,6 +166,7 @@ class Checkpointer:
             self._keeper,
             self._preemption,
             self._chain if self._owns_chain else None,
+            self._chain.mirror,
         )
         options = TakingOptions(
             rng,
@@ -190,6 +193,8 @@ class Checkpointer:
         self._epoch: Any = None
         self._batch: Any = None
         self._closed = False
+        if self._chain.mirror is not None:
+            self._chain.mirror.notice(self._chain.log_size)  # what an earlier process left, or what is to come home
 
     # --- the training loop ------------------------------------------------------------------------------------------
 
@@ -253,17 +258,29 @@ class Checkpointer:
         if not self._inert():
             self._overlap.pass_gate()
 
-    def flush(self, timeout_s: float | None = None) -> None:
+    def flush(self, timeout_s: float | None = None, *, replicated: bool = False) -> None:
         """Wait until everything taken so far is durable (or failed).
+
+        Args:
+            replicated: and then until the chain's mirror has it too.
 
         Raises:
             TimeoutError: not within ``timeout_s``, or not before the next ``step``; work goes on.
             SaveFailedError: with ``on_error="raise"``, if one failed and nobody has seen it.
+            StoreError, IntegrityError: the mirror cannot be written, or holds another history (``replicated``).
+            UsageError: ``replicated``, and the chain has no mirror.
         """
         if self._inert():
             return
+        mirror = self._chain.mirror
+        if replicated and mirror is None:
+            raise UsageError("flush(replicated=True): the chain has no mirror", kind="no_mirror")
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._wait_unfinished(timeout_s)
         self._surface_errors()
+        if replicated and mirror is not None:
+            left_s = None if deadline_s is None else max(deadline_s - time.monotonic(), 0.0)
+            mirror.wait_all(self._chain.log_size, left_s)
 
     def close(self) -> None:
         """Make everything taken durable, then stop the writer and give back memory. Idempotent.
@@ -280,10 +297,14 @@ class Checkpointer:
             raise failures[0]  # the others are in the log
         for failure in failures:
             self._warn(str(failure))
+        self._surface_mirror()
 
     def stats(self) -> list[SnapshotStats]:
         """Figures of the snapshots taken (the newest 10,000), in order of their completion."""
-        return self._writer.stats()
+        mirror = self._chain.mirror
+        if mirror is None:
+            return self._writer.stats()
+        return [replace(one, replicated_s=mirror.replicated_s(one.snapshot)) for one in self._writer.stats()]
 
     @property
     def preempted(self) -> bool:
@@ -420,11 +441,22 @@ class Checkpointer:
         problem = self._writer.take_tidy_problem()
         if problem is not None:
             self._warn(problem)
+        self._surface_mirror()
         for number, failure in enumerate(self._take_failures()):
             if not self._raises:
                 self._warn(str(failure))
             elif number == 0:
                 raise failure
+
+    def _surface_mirror(self) -> None:
+        """Another history in the mirror is raised if asked to; that it cannot be written for a while is a warning."""
+        mirror = self._chain.mirror
+        lost = None if mirror is None else mirror.take_problem()
+        if lost is None:
+            return
+        if self._raises and isinstance(lost, IntegrityError):
+            raise lost
+        self._warn(f"snapshots are durable, and not replicated: {lost}")
 
     def _take_failures(self) -> list[SaveFailedError]:
         """Failures that nobody has seen, oldest first; what is finished is forgotten."""
@@ -486,6 +518,7 @@ def _end(
     keeper: Keeper | None,
     preemption: Preemption | None,
     chain: SnapshotChain | None,
+    mirror: Mirror | None,
 ) -> None:
     """Finish what was taken. Knows nothing of the checkpointer, which may be gone."""
     if os.getpid() != owner_pid:
@@ -497,6 +530,8 @@ def _end(
             keeper.close()
         if chain is not None:
             chain.close()
+        elif mirror is not None:
+            mirror.flush()
 
     try:
         try:

@@ -37,6 +37,7 @@ class SnapshotStats:
         raw_bytes: bytes of all tensors.
         stored_bytes: bytes of segments written for it.
         deduplicated_bytes: raw bytes that were referenced instead of written.
+        replicated_s: from durable to replicated, where the chain has a mirror.
         torn_retries: how often it was discarded and taken again because training changed it while it was copied.
     """
 
@@ -51,6 +52,7 @@ class SnapshotStats:
     stored_bytes: int = 0
     deduplicated_bytes: int = 0
     torn_retries: int = 0
+    replicated_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

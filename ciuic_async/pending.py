@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,17 @@ class PendingSnapshot:
         self._wait((DURABLE, FAILED), timeout_s)
         assert self._snapshot is not None
         return self._snapshot
+
+    def wait_replicated(self, timeout_s: float | None = None) -> Snapshot:
+        """Wait until the snapshot is durable, and then until it is in the chain's mirror too.
+
+        Raises:
+            As ``wait_durable`` and ``Snapshot.wait_replicated``; ``timeout_s`` is for both together.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        snapshot = self.wait_durable(timeout_s)
+        snapshot.wait_replicated(None if deadline_s is None else max(deadline_s - time.monotonic(), 0.0))
+        return snapshot
 
     def add_done_callback(self, callback: Callable[[PendingSnapshot], None]) -> None:
         """Call ``callback(self)`` when it is durable or failed: at once if it is, else on the writer thread.

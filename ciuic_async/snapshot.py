@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ciuic_async.errors import UsageError
 from ciuic_async.events import Listener
 from ciuic_async.format.entry import SnapshotEntry
 from ciuic_async.pipeline.commit import Resolved, read_root, resolve
@@ -18,11 +19,22 @@ if TYPE_CHECKING:
     import torch
 
 
+class Replication(Protocol):
+    """What a snapshot asks of its chain's mirror (``mirroring.mirror.Mirror``)."""
+
+    def holds(self, index: int, entry: SnapshotEntry) -> bool:
+        """Whether entry and data are there."""
+
+    def require(self, index: int, entry: SnapshotEntry, timeout_s: float | None = None) -> None:
+        """Wait for them; raises where they do not come."""
+
+
 class Snapshot:
     """One snapshot of a chain. Facts come from its signed entry; bytes are read when asked for.
 
     Args:
         names, named: ids by leaf hash and tags by id, if they are known already.
+        mirror: the chain's, if it has one.
     """
 
     def __init__(
@@ -32,12 +44,14 @@ class Snapshot:
         line: Line,
         names: dict[bytes, str] | None = None,
         named: dict[str, tuple[str, ...]] | None = None,
+        mirror: Replication | None = None,
     ) -> None:
         self._store = store
         self._log = log
         self._line = line
         self._names = names
         self._named = named
+        self._mirror = mirror
 
     @property
     def id(self) -> str:
@@ -125,6 +139,31 @@ class Snapshot:
     def entry(self) -> SnapshotEntry:
         """Its entry. For the engine."""
         return self._line.entry
+
+    @property
+    def replicated(self) -> bool:
+        """Whether its entry and every byte that it needs are in the chain's mirror.
+
+        The mirror is asked, but for what this process copied. False also where it does not answer, or there is none.
+        """
+        return self._mirror is not None and self._mirror.holds(self.index, self.entry)
+
+    def wait_replicated(self, timeout_s: float | None = None) -> None:
+        """Wait until it is ``replicated``.
+
+        Args:
+            timeout_s: None: as long as copying works.
+
+        Raises:
+            TimeoutError: not within ``timeout_s`` seconds; copying goes on.
+            StoreError: the mirror cannot be written now; it is tried again behind.
+            SaveFailedError: kind ``not_replicated``; data of it was lost before it was copied.
+            IntegrityError: the mirror holds another history; nothing is copied any more.
+            UsageError: the chain has no mirror.
+        """
+        if self._mirror is None:
+            raise UsageError("this chain has no mirror: open it with SnapshotChain(..., mirror=url)", kind="no_mirror")
+        self._mirror.require(self.index, self.entry, timeout_s)
 
     def resolve(self) -> Resolved:
         """Manifest and locator, read and checked. For the engine."""

@@ -15,12 +15,16 @@ def add_parser(commands: Subparsers) -> None:
     parser = add_command(commands, "log", run, "List the history of a chain, newest first.")
     parser.add_argument("--all", action="store_true", help="also keys, prunes, ... and pruned snapshots")
     parser.add_argument("--graph", action="store_true", help="draw which snapshot came from which")
+    parser.add_argument("--mirror", metavar="URL", help="also say which snapshots are not replicated to this mirror")
     parser.add_argument("-n", "--limit", type=int, default=None, metavar="N", help="the newest N lines only")
 
 
 def run(args: argparse.Namespace) -> int:
-    with SnapshotChain(args.chain, create=False) as chain:
+    with SnapshotChain(args.chain, create=False, mirror=args.mirror) as chain:
         entries = chain.log()
+        if args.mirror is not None:
+            replicated = {snapshot.id: snapshot.replicated for snapshot in chain}
+            entries = [{**entry, "replicated": replicated.get(entry["id"], False)} for entry in entries]
         latest = chain.latest() if args.graph else None
     if args.json:
         print_json(entries)
@@ -98,4 +102,5 @@ def _details(entry: dict[str, object]) -> str:
     parts = [f"{text(name)}={_short(value)}" for name, value in metrics.items()] if isinstance(metrics, dict) else []
     parts += [f"[{text(tag)}]" for tag in tags] if isinstance(tags, list) else []
     parts += [state for state in ("pruned", "abandoned") if entry.get(state)]
+    parts += ["not replicated"] if entry.get("replicated") is False and not entry.get("pruned") else []
     return " ".join(parts)

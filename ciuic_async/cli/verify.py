@@ -8,7 +8,9 @@ import sys
 from dataclasses import asdict
 
 from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json, progress, text
-from ciuic_async.errors import UsageError
+from ciuic_async.errors import NotFoundError, UsageError
+from ciuic_async.mirroring.copier import Copier, check_same_chain, read_chain_file
+from ciuic_async.stores.base import Store
 from ciuic_async.stores.resolve import resolve
 from ciuic_async.transparency.pins import Pins
 from ciuic_async.transparency.policy import Policy
@@ -37,14 +39,20 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--roots", metavar="FILE", help="certificates (PEM) of the authorities whose time stamps count")
     parser.add_argument("--no-pin", action="store_true", help="neither compare with your pin of this chain nor move it")
 
+    parser.add_argument(
+        "--mirror", metavar="URL", help="check this mirror of CHAIN instead: every byte, and that it is of one history"
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     policy = None if args.policy is None else Policy.load(args.policy)
     if args.endorsed and not args.key and (policy is None or not policy.logs):
         raise UsageError("--endorsed needs keys to endorse: give --key, or a --policy with log lines")
     # Straight on the store: a chain whose ciuic.json is damaged cannot be opened, yet is to be reported.
-    store = resolve(args.chain)
+    store = resolve(args.chain if args.mirror is None else args.mirror)
     try:
+        # A mirror that is behind is no log that was taken back: the chain itself is compared with the pin.
+        behind = args.mirror is not None and _is_behind(args.chain, store)
         with progress("verify", "verify") as listener:
             report = verify_store(
                 store,
@@ -53,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
                 policy=policy,
                 endorsed=args.endorsed,
                 max_age_s=None if args.max_age is None else _seconds(args.max_age),
-                pins=None if args.no_pin else Pins.of_user(),
+                pins=None if args.no_pin or behind else Pins.of_user(),
                 roots=args.roots,
                 listener=listener,
             )
@@ -86,6 +94,27 @@ def run(args: argparse.Namespace) -> int:
         f"level: {text(report.level)}"
     )
     return 0 if report.ok else EXIT_INTEGRITY
+
+
+def _is_behind(chain: str, mirror: Store) -> bool:
+    """See that the mirror's log is a prefix of the chain's; whether it is shorter.
+
+    Raises what ``Copier.look`` raises; writes nothing there.
+    """
+    local = resolve(chain)
+    try:
+        data = read_chain_file(local)
+        if data is None:
+            raise NotFoundError(f"{local.url}: no chain here", kind="no_chain", where=local.url)
+        found = read_chain_file(mirror)
+        if found is None:
+            return False
+        check_same_chain(mirror, found, data)
+        copier = Copier(local, mirror, data)
+        copier.look()
+        return copier.replicated_size < copier.log_size
+    finally:
+        local.close()
 
 
 def _seconds(value: str) -> float:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from ciuic_async.codecs.decode import decode
 from ciuic_async.format.locator import ChunkLocation, Locator
+from ciuic_async.segments.fallback_reader import FallbackReader
 from ciuic_async.segments.reader import SegmentReader
 from ciuic_async.stores.base import Store
+from ciuic_async.stores.fallback import FallbackStore
 
 
 def chunk_reader(
@@ -34,4 +36,6 @@ def chunk_reader(
             return where.bases[digest]
         return (known[digest], where.chunks[digest]) if digest in where.chunks and digest in known else None
 
+    if isinstance(store, FallbackStore):
+        return FallbackReader(store, decode, verify=verify, bases=base, direct=direct)
     return SegmentReader(store, decode, verify=verify, bases=base, direct=direct)

@@ -23,6 +23,7 @@ from ciuic_async.format.manifest import EncodedManifest, Manifest
 from ciuic_async.handoffs import SegmentReference
 from ciuic_async.segments.writer import FinishedSegments
 from ciuic_async.stores.base import Store, Unpublished
+from ciuic_async.stores.fallback import FallbackStore
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
 
@@ -206,8 +207,13 @@ def resolve(store: Store, entry: SnapshotEntry) -> Resolved:
     Raises:
         IntegrityError: a file is missing (kind ``missing``), damaged or lies; names it.
     """
-    content = read_manifest(store, entry)
-    return Resolved(entry, content, read_locator(store, content))
+    try:
+        content = read_manifest(store, entry)
+        return Resolved(entry, content, read_locator(store, content))
+    except IntegrityError as error:
+        if not isinstance(store, FallbackStore):
+            raise
+        return store.heal(error, lambda there: resolve(there, entry))
 
 
 def read_root(store: Store, entry: SnapshotEntry) -> manifest.ManifestRoot:

@@ -139,6 +139,17 @@ def gc(store: Store, log: Log, *, orphan_age_s: float = RETENTION.orphan_age_s, 
     return PruneReport((), kept, len(garbage) + unpublished, sum(garbage.values()), _by_owner(garbage))
 
 
+def sweep_copy(store: Store, log: Log) -> int:
+    """Delete from a copy of a chain what the prune entries in its log freed; how many files.
+
+    Nobody writes to a copy but those who copy, so of locators only the newest counts. What never became part of its log
+    stays.
+    """
+    garbage = _garbage(store, log, counted_from=_generations(store.list(layout.LOCATORS)))
+    _sweep(store, garbage)
+    return len(garbage)
+
+
 # --- deciding ---------------------------------------------------------------------------------------------------------
 
 

@@ -63,9 +63,10 @@ class Log:
         store: where the chain lives.
         origin: the chain's name (``ciuic.json``), which is the name of its keys.
         ordering: where slots are claimed; None: in the store itself, by its create-once.
+        quiet: no warnings of damaged derived files: of a copy that is under way, by who makes it whole.
     """
 
-    def __init__(self, store: Store, origin: str, ordering: Ordering | None = None) -> None:
+    def __init__(self, store: Store, origin: str, ordering: Ordering | None = None, *, quiet: bool = False) -> None:
         self._store = store
         self._ordering = ordering or StoreOrdering(store)
         self._last_slot: tuple[str, bytes] | None = None
@@ -82,6 +83,7 @@ class Log:
         self._bad_head_file: bytes | None = None
         self._head_signers: tuple[Vkey, ...] = ()
         self._warned: set[str] = set()
+        self._quiet = quiet
 
     @property
     def lock(self) -> AbstractContextManager[object]:
@@ -249,10 +251,11 @@ class Log:
             self._damaged = True
             self.publish_derived(key)
 
-    def publish_derived(self, key: SigningKey) -> None:
+    def publish_derived(self, key: SigningKey | bytes) -> None:
         """Make tiles, bundles and the log head what the slots imply; idempotent.
 
-        Needs a key that the log knows. Any writer may be at it at the same time: all write the same bytes.
+        Needs a key that the log knows, or the head itself as another copy of this log has it, of just this size. Any
+        writer may be at it at the same time: all write the same bytes.
 
         Raises:
             StoreError: the place failed; some files may be there, the log head is the last.
@@ -418,7 +421,7 @@ class Log:
         self._damaged = True
         if bad_head is not None:
             self._bad_head_file, self._head_file, self._head_signers = bad_head, None, ()
-        if reason not in self._warned:
+        if reason not in self._warned and not self._quiet:
             self._warned.add(reason)
             warnings.warn(
                 f"{self._store.url}: {reason}. The signed slots are used instead; the next writer repairs it",
@@ -571,14 +574,18 @@ class Log:
         folders = [f"{tile.full_name}.p"]
         return [*folders, f"{layout.entry_bundle(tile.index)}.p"] if tile.level == 0 else folders
 
-    def _publish_head(self, key: SigningKey) -> None:
+    def _publish_head(self, key: SigningKey | bytes) -> None:
         """Sign and write the log head, unless another writer wrote one that is as good or ahead."""
         if self._covered():
             return
         head = self._view.head
-        data = key.sign(self.origin, note.head_text(self.origin, head.size, head.root)).encode()
+        text = note.head_text(self.origin, head.size, head.root)
+        data = key if isinstance(key, bytes) else key.sign(self.origin, text).encode()
+        found = note.verify(data, self._read(lambda view: self._head_keys(view, data)), layout.LOG_HEAD)
+        if found.text != text:
+            raise self._fork(self._parse_head(data).size, head.size)
         self._store.overwrite(layout.LOG_HEAD, data)
-        self._accept_head(data, head, (note.parse_vkey(key.vkey(self.origin)),))
+        self._accept_head(data, head, found.signers)
 
 
 def _check_entry(data: bytes) -> None:
