@@ -461,7 +461,9 @@ class SnapshotChain:
             return None
         with self._mutex:
             if self._witnessing is None:
-                self._witnessing = self._trust.witnessing(self._store, self._open_log())
+                self._witnessing = self._trust.witnessing(
+                    self._store, self._open_log(), roll_forward=lambda log: log.roll_forward(self._signing_key())
+                )
             return self._witnessing
 
     def _appended(self) -> None:
