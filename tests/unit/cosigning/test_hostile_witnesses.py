@@ -9,7 +9,9 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from ciuic_async.cli.serving import Reply
-from ciuic_async.errors import UsageError
+from ciuic_async.errors import StoreError, UsageError
 from ciuic_async.transparency import note
 from ciuic_async.transparency.asking import ANSWER_LIMIT_BYTES, WitnessConnection
 from ciuic_async.transparency.cosigning import Cosigner, Pace
@@ -129,33 +131,123 @@ def test_lines_of_others_beside_the_right_one_are_ignored(place: Place, cosigner
     assert [line.name for line in place.head().signatures] == [place.origin, name]
 
 
-def test_an_answer_that_drips_is_cut_off(place: Place, cosigner: Callable) -> None:  # type: ignore[type-arg]
+@contextmanager
+def peer(behave: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that does what it is told with one connection, until that is closed; gives its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError), listener.accept()[0] as connection:
+                behave(connection)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "the connection was never closed"
+
+
+def send_for_ever(connection: socket.socket, data: bytes, pause_s: float) -> None:
+    """Until the other side is gone."""
+    pause = threading.Event()
+    while not pause.wait(pause_s):
+        connection.sendall(data)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"HTTP/1.1 200 OK\r\nX-Drip: ", b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"],
+    ids=["headers", "body", "body without an end"],
+)
+def test_an_answer_that_drips_is_cut_off(place: Place, cosigner: Callable, start: bytes) -> None:  # type: ignore[type-arg]
     """A byte now and then keeps a socket alive for ever, but not the request: it ends at its deadline."""
-    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(start)
+        send_for_ever(connection, b"x", 0.02)
+
     vkey = note.parse_vkey(SigningKey.generate().cosigner("example.org/drip"))
-    gone, over = threading.Event(), threading.Event()
+    with peer(drip) as url:
+        item = cosigner([("example.org/drip", vkey, url)], 1, pace=Pace(request_s=0.3, retry_s=60.0))
+        item.notice()
+        assert item.settle(WAIT_S)
+        assert "no whole answer within 0.3 s" in str(item.status()[0].error)
 
-    def drip() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Drip: ")
+
+@pytest.mark.parametrize(
+    "data", [1000 * b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + 80 * (b"X: " + 60000 * b"x" + b"\r\n")]
+)
+def test_an_answer_without_end_costs_no_time(data: bytes) -> None:
+    """A witness that sends as fast as it can, and never a body, is left long before its time is up: whoever reads it
+    takes that time from training."""
+    with peer(lambda connection: send_for_ever(connection, data, 0.0)) as url:
+        connection = WitnessConnection(url, WAIT_S)
+        began_s = time.monotonic()
+        with pytest.raises(StoreError, match="an answer without end") as caught:
+            connection.add_checkpoint(b"")
+        assert caught.value.kind == "witness_unreachable"
+        assert time.monotonic() - began_s < WAIT_S / 2
+
+
+@contextmanager
+def nobody_accepts() -> Iterator[str]:
+    """The URL of a server whose queue is full: connecting to it takes for ever."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as waiting:
+        while True:
+            other = waiting.enter_context(socket.socket())
+            other.settimeout(0.2)
             try:
-                while not over.wait(0.02):
-                    connection.sendall(b"x")
-            except OSError:
-                gone.set()
+                other.connect(listener.getsockname())
+            except TimeoutError:
+                break
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
 
-    thread = threading.Thread(target=drip, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    item = cosigner([("example.org/drip", vkey, url)], 1, pace=Pace(request_s=0.3, retry_s=60.0))
-    item.notice()
-    assert item.settle(WAIT_S)
-    assert "no whole answer within 0.3 s" in str(item.status()[0].error)
-    assert gone.wait(WAIT_S)
-    over.set()
-    thread.join(WAIT_S)
-    listener.close()
+
+@contextmanager
+def nobody_answers() -> Iterator[str]:
+    """A server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("server", "scheme"), [(nobody_accepts, "http"), (nobody_answers, "http"), (nobody_answers, "https")]
+)
+def test_closing_ends_a_request_wherever_it_hangs(
+    place: Place,
+    cosigner: Callable,  # type: ignore[type-arg]
+    server: Callable[[], AbstractContextManager[str]],
+    scheme: str,
+) -> None:
+    """While it connects, while it agrees on keys, while it waits for an answer: no thread is left, and no wait is as
+    long as the request may take."""
+    vkey = note.parse_vkey(SigningKey.generate().cosigner("example.org/w"))
+    with server() as address:
+        item = cosigner([("w", vkey, f"{scheme}://{address}")], 1, pace=Pace(request_s=WAIT_S))
+        began = threading.Event()
+        connection = item._witnesses[0].connection
+        opened = connection._opened
+        connection._opened = lambda connected: (opened(connected), began.set())[0]
+        item.notice()
+        assert began.wait(WAIT_S)
+        item.close(0.1)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ciuic-witness")]
+
+
+def test_a_server_that_nobody_reaches_is_given_up_in_time() -> None:
+    """Connecting counts too."""
+    with nobody_accepts() as address, pytest.raises(StoreError, match=r"within 0\.3 s"):
+        WitnessConnection(f"http://{address}", 0.3).add_checkpoint(b"")
+
+
+def test_an_address_that_hangs_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch, liar: Callable) -> None:  # type: ignore[type-arg]
+    """A name with two addresses, the first of which nobody answers at (a broken IPv6, say), is reached by the other."""
+    (_, _, url), _ = liar(lambda body: Reply(200, b"here"))
+    with nobody_accepts() as address:
+        ports = [int(address.rpartition(":")[2]), int(url.rpartition(":")[2])]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port)) for port in ports]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        assert WitnessConnection(url, 2.0).add_checkpoint(b"").body == b"here"
 
 
 def certificate(folder: Path) -> Path:
@@ -207,16 +299,18 @@ def test_https(
         "http://",
         "http://u:p@host/",
         "http://host/?q",
+        "http://host/#f",
         "http://host:99999/",
         "http://ho st/",
         "http://h/\n",
     ],
 )
 def test_urls_that_cannot_be(url: str) -> None:
-    """Only http and https with a host, nothing that could smuggle a header; refused at once."""
+    """Only http and https with a host, nothing that could smuggle a header; refused at once, no password repeated."""
     with pytest.raises(UsageError) as caught:
         WitnessConnection(url, 1.0)
     assert caught.value.kind == "witness_url"
+    assert "u:p" not in str(caught.value)
 
 
 def test_a_key_of_another_kind_is_refused(place: Place) -> None:
