@@ -432,7 +432,7 @@ class SnapshotChain:
         return self._store
 
     def close(self) -> None:
-        """End what asks witnesses, and give back descriptors. Idempotent; waits 5 s at most."""
+        """End what asks witnesses, and give back descriptors. Idempotent; waits 7 s at most."""
         with self._mutex:
             witnessing, self._witnessing = self._witnessing, None
         if witnessing is not None:

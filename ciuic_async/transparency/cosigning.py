@@ -101,8 +101,8 @@ class _Witness:
         self.asked_s: float | None = None
         self.failures = 0
         self.next_s = 0.0
-        self.renew_s = 0.0
-        """Not before this moment (``time.monotonic``) is a signature that it gave renewed, whatever clocks say."""
+        self.signed_s: float | None = None
+        """When it last signed for this process, by ``time.monotonic``."""
         self.forked = False
 
 
@@ -209,8 +209,15 @@ class Cosigner:
         """Of the newest head that has a quorum; 0 if this process knows of none."""
         return self._witnessed_size
 
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be collected now, whatever witnesses say; None: nothing is known of."""
+        return self._said.get("")
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Let the newest head be signed if that takes no longer than ``timeout_s``, then end all threads. Idempotent.
+
+        Takes 2 s more at most.
 
         What is under way after that is cut off; a thread that hangs in a name service ends with the process.
         """
@@ -261,7 +268,6 @@ class Cosigner:
                 wanted, self._wanted = self._wanted, False
             try:
                 self._turn(outcomes, wanted)
-                self._failures = 0
             except Exception as error:  # of the store or the log; whatever it is, training does not feel it
                 self._failures += 1
                 self._look_s = time.monotonic() + self._backoff_s(self._failures)
@@ -290,7 +296,8 @@ class Cosigner:
         try:
             for head in {id(outcome.head): outcome.head for _, outcome in outcomes}.values():
                 self._keep(head)
-            if wanted or time.monotonic() >= self._look_s or any(outcome.ahead for _, outcome in outcomes):
+            looks = wanted or time.monotonic() >= self._look_s or any(outcome.ahead for _, outcome in outcomes)
+            if looks:
                 self._look_s = float("inf")
                 self._look()
         finally:
@@ -299,6 +306,10 @@ class Cosigner:
         self._choose_target()
         self._ask()
         self._receipts.catch_up()
+        if looks:
+            self._failures = 0
+            if self._behind < _PATIENCE:
+                self._said.pop("", None)  # the next time it is news again
         self._tell_statuses()
 
     def _tell_statuses(self, failed: bool = False) -> None:
@@ -331,7 +342,7 @@ class Cosigner:
         while len(self._heads) > _HEADS_KEPT:
             self._heads.popitem(last=False)
         if not self._looked:
-            self._look_back(found)
+            self._look_back()
             self._looked = True
         for vkey in found.cosignatures:
             self._note_size(vkey, found)
@@ -367,28 +378,31 @@ class Cosigner:
             return 0
         return note.parse_head(note.parse(data, layout.LOG_HEAD).text, self._log.origin, layout.LOG_HEAD)[0]
 
-    def _look_back(self, newest: Head) -> None:
+    def _look_back(self) -> None:
         """What earlier processes collected: ``log/witnessed``."""
         try:
             data = self._store.read(layout.WITNESSED, note.LIMIT_BYTES)
             last = self._parse(data)
         except (NotFoundError, IntegrityError):
             return
-        if not self._quorum(last.signers):
+        if not self._is_enough(last):
             return
-        if last.head.size > newest.head.size:
-            self._say(
-                "",
-                f"witnesses signed {last.head.size} entries ({layout.WITNESSED}), the log has {newest.head.size}: "
-                "somebody took the newest away, or restored the chain from a copy",
-                logging.ERROR,
+        whole = self._log.head
+        if last.head.size > whole.size:
+            _logger.error(
+                "%s: witnesses signed %d entries (%s), the log has %d: somebody took the newest away, or restored the "
+                "chain from a copy",
+                self._store.url,
+                last.head.size,
+                layout.WITNESSED,
+                whole.size,
             )
             return
         try:
-            path = self._log.consistency(last.head.size, newest.head.size)
-            proof.check_consistency(last.head.size, newest.head.size, last.head.root, newest.head.root, path)
+            path = self._log.consistency(last.head.size, whole.size)
+            proof.check_consistency(last.head.size, whole.size, last.head.root, whole.root, path)
         except IntegrityError:
-            self._say("", f"{layout.WITNESSED}: signed for another history than this log's", logging.ERROR)
+            _logger.error("%s: %s: signed for another history than this log's", self._store.url, layout.WITNESSED)
             return
         for vkey in last.cosignatures:
             self._note_size(vkey, last)
@@ -405,6 +419,10 @@ class Cosigner:
             if vkey is not None and vkey.verifies(parsed.text, item.signature):
                 result.cosignatures[vkey] = item
         return result
+
+    def _is_enough(self, head: Head) -> bool:
+        """Whether a quorum signed it. A policy that asks for none does not make an unsigned head a witnessed one."""
+        return bool(head.cosignatures) and self._quorum(head.signers)
 
     def _note_size(self, vkey: Vkey, head: Head) -> None:
         for witness in self._witnesses:
@@ -429,8 +447,12 @@ class Cosigner:
         if line is None:
             return True
         refresh_s = self._pace.refresh_s
-        if refresh_s is None or time.monotonic() < witness.renew_s:
+        if refresh_s is None:
             return False
+        if witness.signed_s is not None:  # what this process saw itself counts more than what two clocks say
+            since_s = time.monotonic() - witness.signed_s
+            if since_s < refresh_s / 4 or since_s >= refresh_s:
+                return since_s >= refresh_s
         return self._clock() - note.cosigned_at(line.signature) >= refresh_s
 
     def _may_ask(self, witness: _Witness) -> bool:
@@ -452,7 +474,7 @@ class Cosigner:
                 _logger.info("witness %s: cosigns again", witness.name)
             self._said.pop(witness.name, None)
             witness.error, witness.failures, witness.next_s = None, 0, 0.0
-            witness.renew_s = time.monotonic() + (self._pace.refresh_s or 0.0) / 4
+            witness.signed_s = time.monotonic()
             self._note_size(witness.vkey, outcome.head)
             return
         if outcome.ahead and self._newest is not None and self._newest.head.size >= outcome.ahead:
@@ -474,7 +496,7 @@ class Cosigner:
         with self._store.lock():
             with suppress(NotFoundError, IntegrityError):  # a damaged one is the next writer's to repair
                 self._merge(head)
-            if not self._quorum(head.signers):
+            if not self._is_enough(head):
                 return
             if self._is_news(head):
                 self._store.overwrite(layout.WITNESSED, head.cosigned())
@@ -501,7 +523,7 @@ class Cosigner:
             there = self._parse(self._store.read(layout.WITNESSED, note.LIMIT_BYTES))
         except (NotFoundError, IntegrityError):
             return True
-        if not self._quorum(there.signers):
+        if not self._is_enough(there):
             return True
         if there.head.size != head.head.size:
             return there.head.size < head.head.size

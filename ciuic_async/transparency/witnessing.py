@@ -44,6 +44,8 @@ class Witnessing:
             return
         if not self.cosigner.wait(size, self._timeout_s):
             problems = [f"{item.name}: {item.error}" for item in self.cosigner.status() if item.error is not None]
+            if self.cosigner.problem is not None:
+                problems.insert(0, self.cosigner.problem)
             raise SaveFailedError(
                 f"no quorum of witnesses signed the log up to entry {size - 1} within {self._timeout_s:g} s "
                 f"({'; '.join(problems) or 'no answer yet'}). The snapshot is in the chain and can be restored; "

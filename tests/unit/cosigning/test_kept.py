@@ -194,6 +194,20 @@ def test_a_witness_whose_clock_is_wrong_is_not_asked_without_end(
     assert server.asked == 1
 
 
+def test_signatures_are_renewed_though_our_clock_stands_still(
+    place: Place, witness: Callable, cosigner: Callable
+) -> None:  # type: ignore[type-arg]
+    """A clock that is slow or was set back makes the witness's signatures look young for ever: what passed here since
+    it signed counts too."""
+    address, server = witness()
+    asked = threading.Semaphore(0)
+    answer = server.witness.add_checkpoint
+    server.witness.add_checkpoint = lambda body: (asked.release(), answer(body))[1]
+    cosigner([address], 1, clock=lambda: 1000.0, pace=Pace(retry_s=0.01, refresh_s=0.2)).notice()
+    for _ in range(3):
+        assert asked.acquire(timeout=WAIT_S)
+
+
 def test_receipts_of_pruned_snapshots_go(place: Place, witness: Callable, cosigner: Callable) -> None:  # type: ignore[type-arg]
     """With the snapshot; and one that was written late, by a process that did not know yet, with the next sweep. Time
     stamps stay, and so do receipts of snapshots that the log does not know: nobody can say what they are worth."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 import pytest
 
-from ciuic_async.errors import StoreError
+from ciuic_async.errors import SaveFailedError, StoreError
 from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.transparency import note
 from ciuic_async.transparency.cosigning import Cosigner
 from ciuic_async.transparency.log import Log
+from ciuic_async.transparency.witnessing import Witnessing
 from tests.witnesses import (
     QUICK,
     WAIT_S,
@@ -83,10 +85,57 @@ def test_a_witnessed_head_of_another_history_is_replaced(place: Place, witness: 
     """Rubbish and unsigned heads under log/witnessed are no reason to stop: they prove nothing."""
     address, _ = witness()
     huge = note.head_text(place.origin, 10**9, bytes(32))
-    for bad in (b"rubbish", place.key.sign(place.origin, huge).encode()):
+    unsigned = place.key.sign(place.origin, huge).encode()
+    for bad, needed in ((b"rubbish", 1), (unsigned, 1), (unsigned, 0)):
         place.store.overwrite(layout.WITNESSED, bad)
         size = place.add()
-        item = cosigner([address], 1)
+        item = cosigner([address], needed)
         assert item.wait(size, WAIT_S)
         item.close()
         assert place.size(place.witnessed()) == size
+
+
+def test_a_log_head_that_was_moved_back_is_no_alarm(
+    place: Place,
+    witness: Callable,  # type: ignore[type-arg]
+    cosigner: Callable,  # type: ignore[type-arg]
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A slow writer put an older head over a newer one: the slots hold all that witnesses signed, so nothing is lost,
+    and what was collected for the newer one counts."""
+    address, server = witness()
+    old = place.store.read(layout.LOG_HEAD, note.LIMIT_BYTES)
+    size = place.add()
+    first = cosigner([address], 1)
+    assert first.wait(size, WAIT_S)
+    first.close()
+    place.store.overwrite(layout.LOG_HEAD, old)
+    second = cosigner([address], 1)
+    assert second.wait(size, WAIT_S)
+    assert server.asked == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    second.close()
+    place.add()
+
+
+def test_a_place_that_fails_again_is_told_of_again(
+    place: Place, witness: Callable, caplog: pytest.LogCaptureFixture
+) -> None:  # type: ignore[type-arg]
+    """Once for each time that it fails, also when it fails as before; who waits for witnesses is told why."""
+    address, _ = witness()
+    store = Failing(place.folder)
+    item = Cosigner(store, Log(store, place.origin), [address], at_least(1), pace=QUICK)
+    waiting = Witnessing(item, required=True, timeout_s=0.2)
+    for _ in range(2):
+        store.broken = True
+        size = place.add()
+        with pytest.raises(SaveFailedError, match="told to fail"):
+            waiting.committed(size)
+        assert caplog.text.count("told to fail") == 1
+        store.broken = False
+        assert item.wait(size, WAIT_S)
+        assert item.settle(WAIT_S)
+        assert item.problem is None
+        caplog.clear()
+    item.close()
+    store.close()
