@@ -461,7 +461,7 @@ class SnapshotChain:
     def close(self) -> None:
         """End what asks witnesses and copies to a mirror, and give back descriptors.
 
-        Idempotent; waits 5 s at most for witnesses, and 30 s for what is not replicated yet.
+        Idempotent; waits 7 s at most for witnesses, and 30 s for what is not replicated yet.
         """
         with self._mutex:
             witnessing, self._witnessing = self._witnessing, None
@@ -493,7 +493,9 @@ class SnapshotChain:
             return None
         with self._mutex:
             if self._witnessing is None:
-                self._witnessing = self._trust.witnessing(self._store, self._open_log())
+                self._witnessing = self._trust.witnessing(
+                    self._store, self._open_log(), roll_forward=lambda log: log.roll_forward(self._signing_key())
+                )
             return self._witnessing
 
     def _appended(self) -> None:

@@ -266,6 +266,10 @@ def _garbage(
             continue
         if owner in claimed or file.name in old:
             candidates[file.name] = file.size_bytes
+    for file in store.list(layout.RECEIPTS):  # time stamps stay: they say something of all that was there before, too
+        owner = layout.owner(file.name)
+        if owner in claimed and owner not in living and file.name == layout.receipt(str(owner)):
+            candidates[file.name] = file.size_bytes
     needed = _needed_segments(store, living.values(), counted_from or {}) - set(emptied) if candidates else set()
     return {name: size for name, size in candidates.items() if name not in needed}
 

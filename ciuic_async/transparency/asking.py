@@ -1,7 +1,7 @@
 """One witness over HTTP, as a client sees it: bounded answers, no redirects, and a deadline that holds for every byte.
 
-A socket's own time limit starts anew with each byte. So whoever waits for several witnesses calls ``cut_off`` now and
-then, which ends a request that is past its deadline, wherever it hangs (but for a name service that does not answer).
+A request can be ended from outside, wherever it hangs: connecting, in the middle of an answer (but not while a name
+service does not answer).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from ciuic_async.errors import StoreError, UsageError
+from ciuic_async.transparency.post import check_url, exchange
 from ciuic_async.transparency.witness import state_name
 
 ANSWER_LIMIT_BYTES = 64 << 10
@@ -45,21 +45,20 @@ class WitnessConnection:
         self.url = url
         self._request_s = request_s
         self._mutex = threading.Lock()
-        self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
         self._deadline_s = float("inf")
         self._closed = False
         self._context: ssl.SSLContext | None = None
         try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise _bad_url(url, str(error)) from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise _bad_url(url, "neither http nor https, or more than host, port and path")
-        if any(char <= " " or char > "~" for char in url):
-            raise _bad_url(url, "other characters than printable ASCII")
-        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, port
-        self._prefix = parts.path.rstrip("/")
+            parts = check_url(url)
+        except UsageError as error:
+            raise UsageError(f"no URL of a witness: {error}", kind="witness_url") from None
+        if parts.query or parts.fragment:
+            raise UsageError(
+                f"{url[:200]!r} cannot be the URL of a witness: expected host, port and path, found more",
+                kind="witness_url",
+            )
+        self._parts = parts._replace(path=parts.path.rstrip("/"))
 
     def add_checkpoint(self, body: bytes) -> Answered:
         """Ask for a cosignature.
@@ -76,11 +75,9 @@ class WitnessConnection:
     def cut_off(self) -> None:
         """End the request under way if its time is up."""
         with self._mutex:
-            if self._connection is not None and (self._closed or time.monotonic() >= self._deadline_s):
-                connected = self._connection.sock
-                if connected is not None:
-                    with suppress(OSError):
-                        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+            if self._socket is not None and (self._closed or time.monotonic() >= self._deadline_s):
+                with suppress(OSError):
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # not the TLS one's, which would talk first
 
     def close(self) -> None:
         """End the request under way, and refuse further ones. Idempotent."""
@@ -94,42 +91,43 @@ class WitnessConnection:
             return self._deadline_s
 
     def _request(self, method: str, path: str, body: bytes | None) -> Answered:
-        connection = self._connection_to_be()
+        if self._context is None and self._parts.scheme == "https":
+            self._context = ssl.create_default_context()
+        end_s = time.monotonic() + self._request_s
         with self._mutex:
-            self._connection = connection
-            self._deadline_s = time.monotonic() + self._request_s
+            self._deadline_s = end_s
         try:
-            if self._closed:
-                raise OSError("closed")
-            connection.connect()
-            connection.request(method, self._prefix + path, body, {"Connection": "close"})
-            response = connection.getresponse()
-            content = response.read(ANSWER_LIMIT_BYTES + 1)
-            if self._closed or time.monotonic() >= self.deadline_s:
-                raise OSError("cut off")  # an answer without a length looks whole then
+            answer = exchange(
+                method,
+                self._parts._replace(path=self._parts.path + path),
+                body,
+                headers={},
+                end_s=end_s,
+                limit_bytes=ANSWER_LIMIT_BYTES,
+                tls=self._context,
+                opened=self._opened,
+            )
+            self._check_open()  # what was cut off may look whole
         except (OSError, http.client.HTTPException, ValueError) as error:
-            late = time.monotonic() >= self.deadline_s
+            late = time.monotonic() >= end_s
             reason = f"no whole answer within {self._request_s:g} s" if late else f"{type(error).__name__}: {error}"
             raise StoreError(f"{self.url}: {reason[:200]}", kind="witness_unreachable", where=self.url) from error
         finally:
             with self._mutex:
-                self._connection, self._deadline_s = None, float("inf")
-            connection.close()
-        if len(content) > ANSWER_LIMIT_BYTES:
+                self._socket, self._deadline_s = None, float("inf")
+        if len(answer.body) > ANSWER_LIMIT_BYTES:
             raise StoreError(
                 f"{self.url}: an answer of more than {ANSWER_LIMIT_BYTES} bytes",
                 kind="answer_too_large",
                 where=self.url,
             )
-        return Answered(response.status, content)
+        return Answered(answer.status, answer.body)
 
-    def _connection_to_be(self) -> http.client.HTTPConnection:
-        if not self._secure:
-            return http.client.HTTPConnection(self._host, self._port, timeout=self._request_s)
-        if self._context is None:
-            self._context = ssl.create_default_context()
-        return http.client.HTTPSConnection(self._host, self._port, timeout=self._request_s, context=self._context)
+    def _opened(self, connected: socket.socket) -> None:
+        with self._mutex:
+            self._socket = connected
+        self._check_open()
 
-
-def _bad_url(url: str, reason: str) -> UsageError:
-    return UsageError(f"{url[:200]!r} cannot be the URL of a witness: {reason}", kind="witness_url")
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError("cut off")

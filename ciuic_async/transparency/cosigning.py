@@ -4,6 +4,9 @@ One thread, ``ciuic-witness``, that decides, and one for each witness that talks
 with the first ``notice``. They never hold the log's lock while they talk and never delay a commit: a witness that is
 dead, slow, lies or disagrees costs evidence, never a snapshot.
 
+A commit is an entry in a slot first, and a signed head after that: whoever dies in between leaves a log that is longer
+than its head says. Here is looked again then, and what was left behind is signed where there is a key for it.
+
 A head stays the *target* until a quorum has signed it or nobody is left to ask; then the newest is the next. So however
 fast heads come and however slow witnesses are, there are heads that enough of them have signed.
 
@@ -14,6 +17,7 @@ quorum) and into receipts. All three are derived: losing them loses no history.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import random
 import threading
@@ -22,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError, UsageError
@@ -38,7 +43,8 @@ from ciuic_async.transparency.slots import LogHead
 _HEADS_KEPT = 8
 """Heads for which cosignatures are still collected when newer ones are asked for."""
 _JOIN_S = 2.0
-_TICK_S = 0.25
+_PATIENCE = 3
+"""Looks in a row that find entries without a signed head before anybody is told."""
 
 _logger = logging.getLogger("ciuic_async")
 _random = random.SystemRandom()  # not the module's own generator: its state belongs to training
@@ -95,6 +101,8 @@ class _Witness:
         self.asked_s: float | None = None
         self.failures = 0
         self.next_s = 0.0
+        self.signed_s: float | None = None
+        """When it last signed for this process, by ``time.monotonic``."""
         self.forked = False
 
 
@@ -107,6 +115,8 @@ class Cosigner:
         witnesses: (name, verifier key, URL) of each; those without a URL are not asked and are left out.
         quorum: whether these witnesses are enough.
         evidence: a folder of the user's own where refusals as forks are kept; None keeps none.
+        roll_forward: signs the head of entries that a writer who died left without one (``Log.roll_forward``); None:
+            they wait for the next writer.
         clock: POSIX seconds.
 
     Raises:
@@ -122,6 +132,7 @@ class Cosigner:
         *,
         evidence: Path | None = None,
         pace: Pace = Pace(),
+        roll_forward: Callable[[Log], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -131,8 +142,10 @@ class Cosigner:
         self._quorum = quorum
         self._dialogue = Dialogue(log, evidence, clock)
         self._pace = pace
+        self._roll_forward = roll_forward
         self._clock = clock
         self._receipts = Receipts(store, log, self._known)
+        self._owner_pid = os.getpid()
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
         # Guarded by _changed.
@@ -148,6 +161,9 @@ class Cosigner:
         self._target: Head | None = None
         self._looked = False
         self._failures = 0
+        self._behind = 0
+        """How often in a row the log was found to be longer than its head says, which was ``_behind_at``."""
+        self._behind_at = -1
         self._look_s = float("inf")
         self._said: dict[str, str] = {}
         self._tell_statuses()
@@ -155,7 +171,12 @@ class Cosigner:
     # --- for others ---------------------------------------------------------------------------------------------------
 
     def notice(self) -> None:
-        """There may be a new head. Never waits for anything but a thread's start, and never raises."""
+        """There may be a new head. Never waits for anything but a thread's start, and never raises.
+
+        In a process that was forked off nothing happens: the threads, and what they hold, are the other one's.
+        """
+        if self._is_a_copy():
+            return
         with self._changed:
             if self._closing or not self._start():
                 return
@@ -164,7 +185,9 @@ class Cosigner:
             self._changed.notify_all()
 
     def wait(self, size: int, timeout_s: float) -> bool:
-        """Whether a quorum has signed a head of at least ``size`` entries, which ``log/witnessed`` holds then."""
+        """Whether a quorum has signed a head of at least ``size`` entries; so much ``log/witnessed`` holds then."""
+        if self._is_a_copy():
+            return False
         self.notice()
         with self._changed:
             self._changed.wait_for(lambda: self._witnessed_size >= size or self._closing, timeout_s)
@@ -172,25 +195,34 @@ class Cosigner:
 
     def settle(self, timeout_s: float) -> bool:
         """Wait until all that can be done now is done: each witness signed the newest head or failed to."""
+        if self._is_a_copy():
+            return True
         with self._changed:
             return self._changed.wait_for(lambda: self._settled or self._closing, timeout_s)
 
     def status(self) -> tuple[WitnessStatus, ...]:
         """What is known of each witness."""
-        with self._changed:
-            return self._statuses
+        return self._statuses
 
     @property
     def witnessed_size(self) -> int:
         """Of the newest head that has a quorum; 0 if this process knows of none."""
-        with self._changed:
-            return self._witnessed_size
+        return self._witnessed_size
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be collected now, whatever witnesses say; None: nothing is known of."""
+        return self._said.get("")
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Let the newest head be signed if that takes no longer than ``timeout_s``, then end all threads. Idempotent.
 
+        Takes 2 s more at most.
+
         What is under way after that is cut off; a thread that hangs in a name service ends with the process.
         """
+        if self._is_a_copy():
+            return
         self.settle(timeout_s)
         with self._changed:
             self._closing = True
@@ -204,27 +236,27 @@ class Cosigner:
                     witness.connection.close()
                 thread.join(0.05)
 
+    def _is_a_copy(self) -> bool:
+        return os.getpid() != self._owner_pid
+
     # --- threads ------------------------------------------------------------------------------------------------------
 
     def _start(self) -> bool:
-        """Start the threads, if they do not run. Whether they do."""
-        if self._threads:
-            return True
-        # Daemons: an interpreter that ends waits for other threads before it calls what would close this object.
-        threads = [threading.Thread(target=self._run, name="ciuic-witness", daemon=True)]
-        for number in range(len(self._witnesses)):
-            name = f"ciuic-witness-{number}"
-            threads.append(threading.Thread(target=self._talk, args=(number,), name=name, daemon=True))
-        try:
-            for thread in threads:
+        """Start the threads that do not run yet. Whether the deciding one does."""
+        targets: list[tuple[str, Callable[[], None]]] = [("ciuic-witness", self._run)]
+        targets += [(f"ciuic-witness-{n}", partial(self._talk, item)) for n, item in enumerate(self._witnesses)]
+        for name, target in targets[len(self._threads) :]:
+            # Daemons: an interpreter that ends waits for other threads before it calls what would close this object.
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            try:
                 thread.start()
-                self._threads.append(thread)
-        except RuntimeError as error:
-            if "no thread" not in self._said:
-                self._said["no thread"] = str(error)
-                _logger.warning("%s: no witness is asked, the system gives no thread: %s", self._store.url, error)
-            return bool(self._threads)
-        return True
+            except RuntimeError as error:  # the next notice tries again; a witness without a thread keeps its job
+                if "no thread" not in self._said:
+                    self._said["no thread"] = str(error)
+                    _logger.warning("%s: not every witness is asked, no thread for it: %s", self._store.url, error)
+                break
+            self._threads.append(thread)
+        return bool(self._threads)
 
     def _run(self) -> None:
         while True:
@@ -236,14 +268,11 @@ class Cosigner:
                 wanted, self._wanted = self._wanted, False
             try:
                 self._turn(outcomes, wanted)
-                self._failures = 0
             except Exception as error:  # of the store or the log; whatever it is, training does not feel it
                 self._failures += 1
                 self._look_s = time.monotonic() + self._backoff_s(self._failures)
                 self._say("", f"cosignatures cannot be collected now: {type(error).__name__}: {error}")
-                with self._changed:
-                    self._settled = not self._wanted
-                    self._changed.notify_all()
+                self._tell_statuses(failed=True)
 
     def _pause_s(self) -> float | None:
         """How long nothing can be due."""
@@ -252,9 +281,7 @@ class Cosigner:
         if self._receipts.behind and not self._failures:
             return 0.0
         for witness in self._witnesses:
-            if witness.busy is not None:
-                due_s.append(now_s + _TICK_S)
-            elif self._wants(witness):
+            if self._wants(witness):
                 due_s.append(witness.next_s)
         if self._pace.refresh_s is not None:
             due_s.append(now_s + self._pace.refresh_s / 4)
@@ -269,20 +296,23 @@ class Cosigner:
         try:
             for head in {id(outcome.head): outcome.head for _, outcome in outcomes}.values():
                 self._keep(head)
-            if wanted or time.monotonic() >= self._look_s or any(outcome.ahead for _, outcome in outcomes):
+            looks = wanted or time.monotonic() >= self._look_s or any(outcome.ahead for _, outcome in outcomes)
+            if looks:
                 self._look_s = float("inf")
                 self._look()
         finally:
             for witness, outcome in outcomes:
                 self._take(witness, outcome)
-        for witness in self._witnesses:
-            witness.connection.cut_off()
         self._choose_target()
         self._ask()
         self._receipts.catch_up()
+        if looks:
+            self._failures = 0
+            if self._behind < _PATIENCE:
+                self._said.pop("", None)  # the next time it is news again
         self._tell_statuses()
 
-    def _tell_statuses(self) -> None:
+    def _tell_statuses(self, failed: bool = False) -> None:
         statuses = tuple(
             WitnessStatus(
                 item.name, item.connection.url, item.size, item.cosigned_s, item.error, item.asked_s, item.forked
@@ -292,15 +322,15 @@ class Cosigner:
         busy = any(item.busy is not None or self._may_ask(item) for item in self._witnesses)
         with self._changed:
             self._statuses = statuses
-            self._settled = not (busy or self._wanted or self._outcomes or self._receipts.behind)
+            later = self._receipts.behind and not failed  # else nobody knows when the place works again
+            self._settled = not (busy or self._wanted or self._outcomes or later)
             self._changed.notify_all()
 
     # --- heads --------------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
         """Find the newest head that the log's keys signed, and who cosigned it already."""
-        self._log.refresh()
-        data = self._log.head_note
+        data = self._read_head()
         if data is None:
             return
         found = self._parse(data)
@@ -312,7 +342,7 @@ class Cosigner:
         while len(self._heads) > _HEADS_KEPT:
             self._heads.popitem(last=False)
         if not self._looked:
-            self._look_back(found)
+            self._look_back()
             self._looked = True
         for vkey in found.cosignatures:
             self._note_size(vkey, found)
@@ -320,28 +350,59 @@ class Cosigner:
             self._newest = found
         self._keep(found)
 
-    def _look_back(self, newest: Head) -> None:
+    def _read_head(self) -> bytes | None:
+        """The newest signed head. Where entries are in the log that it does not cover yet, there is another look soon.
+
+        Their writer may be about to sign it. One that is not died, or could not: what nobody signs is signed here.
+        """
+        size, signed = self._log.refresh().size, self._signed_size()
+        if signed < size and self._behind and signed == self._behind_at and self._roll_forward is not None:
+            try:
+                self._roll_forward(self._log)
+            except Exception as error:  # what is signed is worth as much as before
+                self._say("", f"entries without a signed head: {type(error).__name__}: {error}")
+            size, signed = len(self._log), self._signed_size()
+        if signed >= size:
+            self._behind = 0
+            return self._log.head_note
+        self._behind = self._behind + 1 if signed == self._behind_at else 1
+        self._behind_at = signed
+        self._look_s = time.monotonic() + self._backoff_s(self._behind)
+        if self._behind == _PATIENCE:
+            self._say("", f"the log has {size} entries and a signed head of {signed}: the next writer signs the rest")
+        return self._log.head_note
+
+    def _signed_size(self) -> int:
+        data = self._log.head_note
+        if data is None:
+            return 0
+        return note.parse_head(note.parse(data, layout.LOG_HEAD).text, self._log.origin, layout.LOG_HEAD)[0]
+
+    def _look_back(self) -> None:
         """What earlier processes collected: ``log/witnessed``."""
         try:
             data = self._store.read(layout.WITNESSED, note.LIMIT_BYTES)
             last = self._parse(data)
         except (NotFoundError, IntegrityError):
             return
-        if not self._quorum(last.signers):
+        if not self._is_enough(last):
             return
-        if last.head.size > newest.head.size:
-            self._say(
-                "",
-                f"witnesses signed {last.head.size} entries ({layout.WITNESSED}), the log has {newest.head.size}: "
-                "somebody took the newest away, or restored the chain from a copy",
-                logging.ERROR,
+        whole = self._log.head
+        if last.head.size > whole.size:
+            _logger.error(
+                "%s: witnesses signed %d entries (%s), the log has %d: somebody took the newest away, or restored the "
+                "chain from a copy",
+                self._store.url,
+                last.head.size,
+                layout.WITNESSED,
+                whole.size,
             )
             return
         try:
-            path = self._log.consistency(last.head.size, newest.head.size)
-            proof.check_consistency(last.head.size, newest.head.size, last.head.root, newest.head.root, path)
+            path = self._log.consistency(last.head.size, whole.size)
+            proof.check_consistency(last.head.size, whole.size, last.head.root, whole.root, path)
         except IntegrityError:
-            self._say("", f"{layout.WITNESSED}: signed for another history than this log's", logging.ERROR)
+            _logger.error("%s: %s: signed for another history than this log's", self._store.url, layout.WITNESSED)
             return
         for vkey in last.cosignatures:
             self._note_size(vkey, last)
@@ -358,6 +419,10 @@ class Cosigner:
             if vkey is not None and vkey.verifies(parsed.text, item.signature):
                 result.cosignatures[vkey] = item
         return result
+
+    def _is_enough(self, head: Head) -> bool:
+        """Whether a quorum signed it. A policy that asks for none does not make an unsigned head a witnessed one."""
+        return bool(head.cosignatures) and self._quorum(head.signers)
 
     def _note_size(self, vkey: Vkey, head: Head) -> None:
         for witness in self._witnesses:
@@ -376,11 +441,19 @@ class Cosigner:
         target = self._target
         if target is None or target.head.size == 0 or witness.forked or witness.busy is not None:
             return False
+        if (witness.size or 0) > target.head.size:
+            return False  # it signed a later one, for another writer: it never goes back
         line = target.cosignatures.get(witness.vkey)
         if line is None:
             return True
         refresh_s = self._pace.refresh_s
-        return refresh_s is not None and self._clock() - note.cosigned_at(line.signature) >= refresh_s
+        if refresh_s is None:
+            return False
+        if witness.signed_s is not None:  # what this process saw itself counts more than what two clocks say
+            since_s = time.monotonic() - witness.signed_s
+            if since_s < refresh_s / 4 or since_s >= refresh_s:
+                return since_s >= refresh_s
+        return self._clock() - note.cosigned_at(line.signature) >= refresh_s
 
     def _may_ask(self, witness: _Witness) -> bool:
         return self._wants(witness) and time.monotonic() >= witness.next_s
@@ -401,6 +474,7 @@ class Cosigner:
                 _logger.info("witness %s: cosigns again", witness.name)
             self._said.pop(witness.name, None)
             witness.error, witness.failures, witness.next_s = None, 0, 0.0
+            witness.signed_s = time.monotonic()
             self._note_size(witness.vkey, outcome.head)
             return
         if outcome.ahead and self._newest is not None and self._newest.head.size >= outcome.ahead:
@@ -422,10 +496,10 @@ class Cosigner:
         with self._store.lock():
             with suppress(NotFoundError, IntegrityError):  # a damaged one is the next writer's to repair
                 self._merge(head)
-            if self._quorum(head.signers) and self._is_news(head):
-                self._store.overwrite(layout.WITNESSED, head.cosigned())
-            else:
+            if not self._is_enough(head):
                 return
+            if self._is_news(head):
+                self._store.overwrite(layout.WITNESSED, head.cosigned())
         self._set_witnessed(head)
 
     def _merge(self, head: Head) -> None:
@@ -449,7 +523,7 @@ class Cosigner:
             there = self._parse(self._store.read(layout.WITNESSED, note.LIMIT_BYTES))
         except (NotFoundError, IntegrityError):
             return True
-        if not self._quorum(there.signers):
+        if not self._is_enough(there):
             return True
         if there.head.size != head.head.size:
             return there.head.size < head.head.size
@@ -459,7 +533,7 @@ class Cosigner:
         )
 
     def _set_witnessed(self, head: Head) -> None:
-        """A quorum signed this head, and ``log/witnessed`` says so."""
+        """A quorum signed this head, and ``log/witnessed`` says so, of this or (by another process) of a later one."""
         self._receipts.cover(head.head.size, head.text, head.cosigned())
         with self._changed:
             self._witnessed_size = max(self._witnessed_size, head.head.size)
@@ -477,8 +551,7 @@ class Cosigner:
 
     # --- talking to one witness, on its own thread --------------------------------------------------------------------
 
-    def _talk(self, number: int) -> None:
-        witness = self._witnesses[number]
+    def _talk(self, witness: _Witness) -> None:
         while (job := witness.jobs.get()) is not None:
             head, old_size = job
             try:

@@ -18,6 +18,7 @@ from ciuic_async.transparency.note import Signature, Vkey
 from ciuic_async.transparency.slots import LogHead
 from ciuic_async.transparency.witness import make_folder, request_body, write_durably
 
+_ATTEMPTS = 5
 _SIZE = re.compile(rb"(0|[1-9][0-9]{0,15})\n?")
 
 
@@ -71,13 +72,15 @@ class Dialogue:
         self._clock = clock
 
     def ask(self, connection: WitnessConnection, vkey: Vkey, head: Head, old_size: int) -> Outcome:
-        """Ask for a cosignature; where the witness is at another size, once again from there.
+        """Ask for a cosignature; where the witness is at another size, again from there.
+
+        Each time it has moved on it signed for another writer meanwhile, who is not waited for more than a few times.
 
         Raises:
             StoreError: no whole answer.
             IntegrityError: no cosignature by ``vkey`` in it, or one that does not hold.
         """
-        for attempt in range(2):
+        for attempt in range(_ATTEMPTS):
             path = self._log.consistency(old_size, head.head.size)
             answer = connection.add_checkpoint(request_body(old_size, path, head.signed()))
             if answer.status == 200:
@@ -85,7 +88,7 @@ class Dialogue:
             stated = _SIZE.fullmatch(answer.body) if answer.status == 409 else None
             if answer.status == 422 or (stated is not None and int(stated[1]) == old_size):
                 return self._forked(connection, vkey, head, old_size, answer.status, answer.body)
-            if stated is None or attempt:
+            if stated is None:
                 break
             if int(stated[1]) > head.head.size:
                 return Outcome(
@@ -94,6 +97,8 @@ class Dialogue:
                     error=f"has cosigned {int(stated[1])} entries, this log has {head.head.size}: another writer is "
                     "ahead, or the chain lost its newest entries",
                 )
+            if attempt and int(stated[1]) < old_size:
+                break  # it said more before: none of it is true
             old_size = int(stated[1])
         return Outcome(head, error=f"answered {answer.status}: {_quoted(answer.body)}")
 

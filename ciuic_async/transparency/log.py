@@ -251,6 +251,13 @@ class Log:
             self._damaged = True
             self.publish_derived(key)
 
+    def roll_forward(self, key: SigningKey) -> None:
+        """Publish what a writer that died left in its slot, if the log knows ``key``. Errors as ``publish_derived``."""
+        with self._lock:
+            if self.refresh().size > self._published and self._knows(key):
+                self._settle()
+                self.publish_derived(key)
+
     def publish_derived(self, key: SigningKey | bytes) -> None:
         """Make tiles, bundles and the log head what the slots imply; idempotent.
 

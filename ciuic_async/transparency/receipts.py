@@ -50,7 +50,7 @@ class Receipts:
 
     def cover(self, size: int, text: str, head_note: bytes) -> None:
         """A quorum signed the head ``text`` of ``size`` entries. One that is smaller than an earlier one is ignored."""
-        if size < self._size or size > len(self._log):
+        if size < self._size or size > len(self._log) or head_note == self._note:
             return
         if self._first is None:
             self._first = self._next = self._find_first(size)

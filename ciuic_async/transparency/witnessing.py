@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ciuic_async.errors import SaveFailedError, UsageError
 from ciuic_async.stores.base import Store
+from ciuic_async.transparency.asking import WitnessConnection
 from ciuic_async.transparency.cosigning import Cosigner, Pace
 from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import Vkey
@@ -43,6 +44,8 @@ class Witnessing:
             return
         if not self.cosigner.wait(size, self._timeout_s):
             problems = [f"{item.name}: {item.error}" for item in self.cosigner.status() if item.error is not None]
+            if self.cosigner.problem is not None:
+                problems.insert(0, self.cosigner.problem)
             raise SaveFailedError(
                 f"no quorum of witnesses signed the log up to entry {size - 1} within {self._timeout_s:g} s "
                 f"({'; '.join(problems) or 'no answer yet'}). The snapshot is in the chain and can be restored; "
@@ -75,7 +78,8 @@ class Trust:
         """Check the option. Nothing is contacted.
 
         Raises:
-            UsageError: an unknown setting, or witnesses are required and no quorum of them can be asked.
+            UsageError: an unknown setting, a URL that cannot be a witness's, or witnesses are required and no quorum of
+                them can be asked.
             IntegrityError: kind ``policy_malformed``.
         """
         policy, mode = trust.get("policy"), trust.get("witnesses", "async")
@@ -93,6 +97,9 @@ class Trust:
         if not isinstance(policy, Policy):
             text = policy if isinstance(policy, str) and "\n" in policy else None
             policy = Policy.load(str(policy)) if text is None else Policy.parse(text.encode())
+        for witness in policy.witnesses:
+            if witness.url is not None:
+                WitnessConnection(witness.url, 1.0)  # connects to nobody; refuses a URL now and not on a thread
         max_age = trust.get("max_age")
         made = cls(policy, mode == "required", None if max_age is None else duration_s(max_age), writers == "any")
         asked = {witness.vkey for witness in policy.witnesses if witness.url is not None}
@@ -116,19 +123,30 @@ class Trust:
                 kind="key_unendorsed",
             )
 
-    def witnessing(self, store: Store, log: Log, *, timeout_s: float = 30.0) -> Witnessing | None:
+    def witnessing(
+        self, store: Store, log: Log, *, timeout_s: float = 30.0, roll_forward: Callable[[Log], None] | None = None
+    ) -> Witnessing | None:
         """Who asks the witnesses; None where none has a URL.
 
         Args:
             log: an object of its own (see ``Cosigner``).
             timeout_s: for required witnesses.
+            roll_forward: as for ``Cosigner``.
         """
         asked = [(w.name, w.vkey, w.url) for w in self.policy.witnesses if w.url is not None]
         if not asked:
             return None
         pace = Pace(refresh_s=None if self.max_age_s is None else self.max_age_s / 2)
+        if self.required:  # whoever waits for a witness that is back must not wait longer for its next turn
+            pace = replace(pace, retry_max_s=min(pace.retry_max_s, timeout_s / 3))
         cosigner = Cosigner(
-            store, log, asked, lambda signed: self.policy.witnessed(signed).met, evidence=_evidence_folder(), pace=pace
+            store,
+            log,
+            asked,
+            lambda signed: self.policy.witnessed(signed).met,
+            evidence=_evidence_folder(),
+            pace=pace,
+            roll_forward=roll_forward,
         )
         return Witnessing(cosigner, required=self.required, timeout_s=timeout_s)
 
