@@ -106,3 +106,11 @@ def test_paths_that_documents_name_exist(document: Path) -> None:
         assert (document.parent / target).exists(), target
     for name in re.findall(r"`((?:ciuic_async|csrc|tests|bench|docs)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_crashes_of_others_are_those_that_were_counted() -> None:
+    """Every row of the last run of bench/crash.py stands in docs/guarantees.md as it was counted."""
+    table = json.loads((ROOT / "bench" / "results" / "crash.json").read_text())["table"]
+    lines = (ROOT / "docs" / "guarantees.md").read_text().splitlines()
+    assert len(table) > 5
+    assert [row for row in table if "| " + " | ".join(row) + " |" not in lines] == []
