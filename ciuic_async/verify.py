@@ -155,6 +155,8 @@ def verify_store(
     if level not in (None, *LEVELS[-2:]):
         raise UsageError(f"level={level!r}: expected 'manifests' or 'chunk data'")
     deep = deep and level != "manifests"
+    if endorsed and not keys and (policy is None or not policy.logs):
+        raise UsageError("endorsed: nobody was named whom to endorse: give keys, or a policy with log lines")
     stamps = None if roots is None else _timestamps(roots)
     reader = Reader(parse_keys(keys), policy, endorsed, max_age_s, pins, now_s, stamps)
     walk = _Walk(store, listener)
@@ -179,7 +181,7 @@ def verify_store(
     audit = audit_log(store, chain.origin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in audit.problems]
     _check_chain_file(walk, data, chain.origin, audit.entries)
-    history = History(audit.leaf_hashes)
+    history = History(audit.leaf_hashes, Log(store, chain.origin))
     verdict = judge(store, chain.origin, audit, history, reader, pin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in verdict.problems]
     walk.notes += verdict.notes
@@ -235,6 +237,9 @@ def _report(walk: _Walk, snapshots: int, deep: bool, verdict: Verdict | None = N
             levels.append(Level(name, FAILED))
         elif verdict is None or (name == LEVELS[-1] and not deep):
             levels.append(Level(name, UNKNOWN if verdict is None else NOT_ASKED))
+        elif not verdict.entries or (not snapshots and name in LEVELS[-2:]):
+            # That all of nothing is good says nothing: perhaps it was taken away.
+            levels.append(Level(name, UNKNOWN, f"there is no {'snapshot' if verdict.entries else 'entry'}"))
         else:
             levels.append(Level(name, OK))
     further = [Level(name, UNKNOWN) for name in FURTHER] if verdict is None else verdict.further
