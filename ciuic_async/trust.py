@@ -200,6 +200,9 @@ def judge(store: Store, origin: str, audit: LogAudit, history: History, reader: 
     witnessed = _witnessed(heads, len(history), reader.policy, verdict)
     fresh = _fresh(heads, audit, reader, verdict)
     stamped = Level("timestamped", NOT_ASKED) if reader.timestamps is None else reader.timestamps(store, audit)
+    if stamped.state == FAILED:
+        text = f"{layout.RECEIPTS}: no time stamp holds by the roots that you gave: {stamped.detail}"
+        verdict.problems.append(Problem("not_timestamped", layout.RECEIPTS, text))
     verdict.further = [pinned, witnessed, fresh, stamped]
     brought = reader.policy is not None or reader.keys
     if brought and pinned.state != OK and witnessed.state != OK:

@@ -221,7 +221,10 @@ def _timestamps(roots: str | os.PathLike[str]) -> Timestamps:
             return Level("timestamped", FAILED, str(error))
         if found:
             index, when = found[-1]
-            return Level("timestamped", OK, f"the log up to entry {index} existed at {when:%Y-%m-%d %H:%M:%S} UTC")
+            detail = f"the log up to entry {index} existed at {when:%Y-%m-%d %H:%M:%S} UTC"
+            if refused:
+                detail += f"; of {len(found) + len(refused)} tokens {len(refused)} do not hold: {refused[0]}"
+            return Level("timestamped", OK, detail)
         return Level("timestamped", FAILED, str(refused[0])) if refused else Level("timestamped", UNKNOWN, "no token")
 
     return judge_stamps
@@ -273,8 +276,8 @@ def _level_of(problem: Problem) -> str:
     where, kind = problem.where, problem.kind
     if kind.startswith("pin_"):
         return "pinned"
-    if kind == "not_fresh":
-        return "fresh"
+    if kind in ("not_fresh", "not_timestamped"):
+        return "fresh" if kind == "not_fresh" else "timestamped"
     if kind in ("bad_history", "unendorsed", "not_pinned") or where.startswith("entry "):
         return "entries"
     if where == layout.CHAIN_FILE:
@@ -377,8 +380,11 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
         return
     names = _tensor_names(content)
     walk.needed.update(segment.path for segment in newest.segments())
+    chunk_in: dict[str, bytes] = {}
+    for chunk, place in newest.chunks.items():
+        chunk_in.setdefault(place.segment.path, chunk)
     for segment in newest.segments():
-        hit = next((names.get(c, "") for c, place in newest.chunks.items() if place.segment == segment), "")
+        hit = names.get(chunk_in.get(segment.path, b""), "")
         walk.attempt(
             lambda segment=segment: _check_size(walk.store, segment),  # type: ignore[misc]
             snapshot=entry.snapshot,
