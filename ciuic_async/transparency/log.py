@@ -226,7 +226,7 @@ class Log:
                         return old.size
                     prefix = [] if self._knows(key) else [self._newcomer(key, old, announce)]
                     for data in given:
-                        _check_entry(data)
+                        slots.check_entry(data)
                     content = slots.encode_slot(old, [*prefix, *given], key, self.origin)
                     slot = slots.check_slot(content, old, self.origin, self._view.keys.get)  # it can be read
                 # Not under the lock that readers need: an etcd that does not answer takes its time.
@@ -586,11 +586,3 @@ class Log:
         data = key.sign(self.origin, note.head_text(self.origin, head.size, head.root)).encode()
         self._store.overwrite(layout.LOG_HEAD, data)
         self._accept_head(data, head, (note.parse_vkey(key.vkey(self.origin)),))
-
-
-def _check_entry(data: bytes) -> None:
-    """Refuse to write what no reader would accept."""
-    try:
-        entries_format.decode(data, 0)
-    except IntegrityError as error:
-        raise UsageError(f"not an entry of a log: {error}", kind="bad_entry") from error
