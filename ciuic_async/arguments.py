@@ -100,6 +100,8 @@ def check_text(name: str, value: str) -> str:
     """A remark that a log entry holds. Raises UsageError."""
     if type(value) is not str or len(value) > MAX_TEXT:
         raise UsageError(f"{name}: expected a text of at most {MAX_TEXT} characters")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # from bytes that are no UTF-8
+        raise UsageError(f"{name}: expected a text in UTF-8, found {value[:80]!r}")
     return value
 
 

@@ -17,7 +17,7 @@ from ciuic_async.errors import CiuicError, CommitConflictError, IntegrityError, 
 from ciuic_async.events import Listener, logger
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
-from ciuic_async.format.chain_file import ChainFile
+from ciuic_async.format.chain_file import ORDERING_ETCD, ChainFile
 from ciuic_async.format.entry import Common, FileReference, KeyEntry, NoteEntry, RollbackEntry, TagEntry
 from ciuic_async.listing import list_entries
 from ciuic_async.mirroring.home import bring_home
@@ -40,6 +40,7 @@ from ciuic_async.transparency.cosigning import WitnessStatus
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import Vkey
+from ciuic_async.transparency.ordering import check_writer, is_etcd
 from ciuic_async.transparency.ordering import parse as parse_ordering
 from ciuic_async.transparency.pins import Pins, extends
 from ciuic_async.transparency.witnessing import Trust, Witnessing
@@ -68,8 +69,8 @@ class SnapshotChain:
         key: the signing key for writing: a path, or the secret itself; default ``CIUIC_KEY``, else the user's own.
         run: id of the training run that entries name; drawn at random if not given.
         ordering: who decides who writes the next entry: ``"local"`` or ``"object-store"``, the place itself by creating
-            names once; or ``"etcd://host:port,host:port/prefix"``. Default ``CIUIC_ORDERING``, else the place. All
-            writers of a chain name the same.
+            names once; or ``"etcd://host:port,host:port/prefix"``. Default ``CIUIC_ORDERING``, else the place. A chain
+            keeps the one that it began with: who names another cannot write to it (``ordering_differs``), only read.
         trust: ``{"policy": path or text, "witnesses": "async" | "required", "max_age": "1h"}``: the witnesses of the
             policy (C2SP tlog-policy) are asked to cosign what is written here, in the background; ``"required"``: a
             snapshot counts as durable when a quorum has. ``verify`` goes by the same policy. Where it names keys of
@@ -101,6 +102,7 @@ class SnapshotChain:
         self._trust = None if trust is None else Trust.parse(trust)
         self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
         self._local = resolve_store(url)
+        parse_ordering(self.ordering, self._local, "")  # before a chain is made
         pair = None if mirror is None else paired(self._local, resolve_store(mirror))
         self._store: Store = self._local if pair is None else pair
         self._previous = previous
@@ -300,6 +302,9 @@ class SnapshotChain:
                 on them. Shorter than a snapshot takes is dangerous for that snapshot.
             dry_run: only say what would go; unpublished files are not counted.
         """
+        # Whoever deletes must see every entry: also those that are in an etcd alone, and those that the pin knows.
+        check_writer(self.ordering, self._file.features_required, self._store.url)
+        self._refresh()
         return collect.gc(self._store, self._log, orphan_age_s=orphan_age_s, dry_run=dry_run)
 
     def rollback(self, ref: str, reason: str = "") -> Snapshot:
@@ -387,6 +392,7 @@ class SnapshotChain:
         Args:
             pins: pin what is appended at once; else the caller calls ``pin`` when nobody waits.
         """
+        check_writer(self.ordering, self._file.features_required, self._store.url)
         key = self._signing_key()
         if self._trust is not None:
             self._trust.check_writer(note.parse_vkey(key.vkey(self.origin)))
@@ -542,11 +548,17 @@ class SnapshotChain:
     def _create(self) -> bytes:
         self._store.initialize()
         with suppress(CommitConflictError):  # somebody else made it this very moment: theirs counts
-            file = ChainFile.new()
+            file = ChainFile.new((ORDERING_ETCD,) if is_etcd(self.ordering) else ())
             if self._previous is not None:
-                file = replace(self._previous.file, origin=file.origin)
+                file = self._inherited(self._previous.file, file)
             self._store.create(layout.CHAIN_FILE, file.encode())
         return self._store.read(layout.CHAIN_FILE, CHAIN_FILE_LIMIT_BYTES)
+
+    @staticmethod
+    def _inherited(old: ChainFile, new: ChainFile) -> ChainFile:
+        """The parameters of the chain before; who orders the writers is the new one's own."""
+        required = [name for name in old.features_required if name != ORDERING_ETCD]
+        return replace(old, origin=new.origin, features_required=(*required, *new.features_required))
 
     def _signing_key(self) -> SigningKey:
         with self._mutex:

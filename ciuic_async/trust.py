@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError, UsageError
+from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, NotFoundError, UsageError
 from ciuic_async.format import layout, merkle
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency import note
 from ciuic_async.transparency.audit import LogAudit, Problem
+from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import Vkey
 from ciuic_async.transparency.pins import Pin, Pins
 from ciuic_async.transparency.policy import Policy, read_text_file
@@ -82,15 +84,23 @@ class Verdict:
     """pinned, witnessed, fresh, timestamped."""
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    entries: int = 0
+    """How many the log has that were verified."""
     may_pin: bool = False
     """Whether the head may become the pin, if nothing else is wrong."""
 
 
 class History:
-    """The roots that a verified log had. Not thread-safe."""
+    """The roots that a verified log had. Not thread-safe.
 
-    def __init__(self, leaf_hashes: Sequence[bytes]) -> None:
+    Args:
+        leaf_hashes: of all its entries.
+        log: the same log, to look at again: what writers added since is asked of it. None: nothing was added.
+    """
+
+    def __init__(self, leaf_hashes: Sequence[bytes], log: Log | None = None) -> None:
         self._hashes = leaf_hashes
+        self._log = log
         self._roots = {0: merkle.EMPTY_ROOT}
 
     def __len__(self) -> int:
@@ -112,9 +122,23 @@ class History:
     def had(self, size: int, root: bytes) -> bool:
         """Whether the log had this root when it had ``size`` entries."""
         if not 0 <= size <= len(self):
-            return False
+            return size > len(self) and self._has_since(size, root)
         self.prepare((size,))
         return self._roots[size] == root
+
+    def _has_since(self, size: int, root: bytes) -> bool:
+        """The same of a size that was reached since: a chain is verified while it is written to and witnessed."""
+        if self._log is None:
+            return False
+        self.prepare((len(self),))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CiuicWarning)  # of damage that the audit has named
+                if len(self._log) < size and self._log.refresh().size < size:
+                    return False
+                return self._log.root_at(len(self)) == self._roots[len(self)] and self._log.root_at(size) == root
+        except CiuicError:
+            return False
 
 
 def parse_keys(keys: Iterable[str | os.PathLike[str] | Vkey]) -> tuple[Vkey, ...]:
@@ -169,13 +193,16 @@ def find_pin(reader: Reader, origin: str) -> FoundPin:
 
 def judge(store: Store, origin: str, audit: LogAudit, history: History, reader: Reader, found: FoundPin) -> Verdict:
     """Hold an audited log against what the reader brings. ``found`` was found before the audit."""
-    verdict = Verdict()
+    verdict = Verdict(entries=len(history))
     pin, pinned = _pinned(store, audit, history, reader, found, verdict)
     verdict.signature = _signature(origin, audit, reader, pin, verdict)
     heads = _heads(store, origin, audit, history, verdict)
     witnessed = _witnessed(heads, len(history), reader.policy, verdict)
     fresh = _fresh(heads, audit, reader, verdict)
     stamped = Level("timestamped", NOT_ASKED) if reader.timestamps is None else reader.timestamps(store, audit)
+    if stamped.state == FAILED:
+        text = f"{layout.RECEIPTS}: no time stamp holds by the roots that you gave: {stamped.detail}"
+        verdict.problems.append(Problem("not_timestamped", layout.RECEIPTS, text))
     verdict.further = [pinned, witnessed, fresh, stamped]
     brought = reader.policy is not None or reader.keys
     if brought and pinned.state != OK and witnessed.state != OK:
@@ -336,14 +363,22 @@ def _witnessed(heads: list[_Head], size: int, policy: Policy | None, verdict: Ve
         return Level("witnessed", NOT_ASKED, "" if policy is None else "the policy names no witness")
     results = [(policy.witnessed(_cosigners(head, policy, verdict).keys()), head.head.size) for head in heads]
     best, at = max(results, key=lambda result: (result[0].met, result[0].have, result[1]), default=(None, 0))
-    if best is None:
-        return Level("witnessed", UNKNOWN, "there is no good log head")
-    detail = str(best) + (f", at {at} of {size} entries" if best.have and at < size else "")
-    if policy.quorum is None and not best.have:
+    if policy.quorum is None and (best is None or not best.have):
         return Level("witnessed", NOT_ASKED, "the policy asks for no quorum, and no witness signed")
-    if best.met:
-        return Level("witnessed", OK, detail)
-    verdict.notes.append(f"witnessed by {detail}: the policy asks for {policy.quorum}")
+    if best is None:
+        detail = f"{policy.witnessed(set())}, there is no good log head"
+    else:
+        detail = str(best) + (f", at {at} of {size} entries" if best.have and at < size else "")
+        if best.met:
+            return Level("witnessed", OK, detail)
+    verdict.problems.append(
+        Problem(
+            "not_witnessed",
+            layout.WITNESSED,
+            f"{layout.WITNESSED}: witnessed by {detail}: the policy asks for {policy.quorum}. Either the witnesses "
+            "were not asked yet, or they have seen another history and somebody keeps what they signed from you",
+        )
+    )
     return Level("witnessed", FAILED, detail)
 
 

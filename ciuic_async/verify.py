@@ -155,6 +155,8 @@ def verify_store(
     if level not in (None, *LEVELS[-2:]):
         raise UsageError(f"level={level!r}: expected 'manifests' or 'chunk data'")
     deep = deep and level != "manifests"
+    if endorsed and not keys and (policy is None or not policy.logs):
+        raise UsageError("endorsed: nobody was named whom to endorse: give keys, or a policy with log lines")
     stamps = None if roots is None else _timestamps(roots)
     reader = Reader(parse_keys(keys), policy, endorsed, max_age_s, pins, now_s, stamps)
     walk = _Walk(store, listener)
@@ -179,7 +181,7 @@ def verify_store(
     audit = audit_log(store, chain.origin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in audit.problems]
     _check_chain_file(walk, data, chain.origin, audit.entries)
-    history = History(audit.leaf_hashes)
+    history = History(audit.leaf_hashes, Log(store, chain.origin))
     verdict = judge(store, chain.origin, audit, history, reader, pin)
     walk.problems += [Problem(found.kind, found.where, found.message) for found in verdict.problems]
     walk.notes += verdict.notes
@@ -219,7 +221,10 @@ def _timestamps(roots: str | os.PathLike[str]) -> Timestamps:
             return Level("timestamped", FAILED, str(error))
         if found:
             index, when = found[-1]
-            return Level("timestamped", OK, f"the log up to entry {index} existed at {when:%Y-%m-%d %H:%M:%S} UTC")
+            detail = f"the log up to entry {index} existed at {when:%Y-%m-%d %H:%M:%S} UTC"
+            if refused:
+                detail += f"; of {len(found) + len(refused)} tokens {len(refused)} do not hold: {refused[0]}"
+            return Level("timestamped", OK, detail)
         return Level("timestamped", FAILED, str(refused[0])) if refused else Level("timestamped", UNKNOWN, "no token")
 
     return judge_stamps
@@ -235,6 +240,9 @@ def _report(walk: _Walk, snapshots: int, deep: bool, verdict: Verdict | None = N
             levels.append(Level(name, FAILED))
         elif verdict is None or (name == LEVELS[-1] and not deep):
             levels.append(Level(name, UNKNOWN if verdict is None else NOT_ASKED))
+        elif not verdict.entries or (not snapshots and name in LEVELS[-2:]):
+            # That all of nothing is good says nothing: perhaps it was taken away.
+            levels.append(Level(name, UNKNOWN, f"there is no {'snapshot' if verdict.entries else 'entry'}"))
         else:
             levels.append(Level(name, OK))
     further = [Level(name, UNKNOWN) for name in FURTHER] if verdict is None else verdict.further
@@ -268,8 +276,8 @@ def _level_of(problem: Problem) -> str:
     where, kind = problem.where, problem.kind
     if kind.startswith("pin_"):
         return "pinned"
-    if kind == "not_fresh":
-        return "fresh"
+    if kind in ("not_fresh", "not_timestamped"):
+        return "fresh" if kind == "not_fresh" else "timestamped"
     if kind in ("bad_history", "unendorsed", "not_pinned") or where.startswith("entry "):
         return "entries"
     if where == layout.CHAIN_FILE:
@@ -372,8 +380,11 @@ def _check_snapshot(walk: _Walk, entry: SnapshotEntry, *, deep: bool) -> None:
         return
     names = _tensor_names(content)
     walk.needed.update(segment.path for segment in newest.segments())
+    chunk_in: dict[str, bytes] = {}
+    for chunk, place in newest.chunks.items():
+        chunk_in.setdefault(place.segment.path, chunk)
     for segment in newest.segments():
-        hit = next((names.get(c, "") for c, place in newest.chunks.items() if place.segment == segment), "")
+        hit = names.get(chunk_in.get(segment.path, b""), "")
         walk.attempt(
             lambda segment=segment: _check_size(walk.store, segment),  # type: ignore[misc]
             snapshot=entry.snapshot,

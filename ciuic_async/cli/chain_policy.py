@@ -65,7 +65,7 @@ def _policy(args: argparse.Namespace) -> int:
 
 
 def _repin(args: argparse.Namespace) -> int:
-    check_text("reason", args.reason)
+    check_text("reason", _repinned(10**15, args.reason, replaced=True))  # before anything is replaced
     pins = Pins.of_user()
     with SnapshotChain(args.chain, create=False) as chain:
         head = chain.head_note()
@@ -75,8 +75,7 @@ def _repin(args: argparse.Namespace) -> int:
         known = chain.keys()
         noted = here is not None and here[0] in known
         if noted:
-            before = "" if kept is None else ", in the place of another"
-            chain.note(f"repinned at {size} entries{before}: {args.reason}")
+            chain.note(_repinned(size, args.reason, replaced=kept is not None))
     if args.json:
         print_json({"size": size, "pin": pins.path(chain.origin), "replaced": kept, "noted": noted})
         return 0
@@ -84,6 +83,11 @@ def _repin(args: argparse.Namespace) -> int:
     if not noted:
         print("the reason is not in the history: no key of this chain is here", file=sys.stderr)
     return 0
+
+
+def _repinned(size: int, reason: str, *, replaced: bool) -> str:
+    """The remark in the history."""
+    return f"repinned at {size} entries{', in the place of another' if replaced else ''}: {reason}"
 
 
 def _fork(args: argparse.Namespace) -> int:

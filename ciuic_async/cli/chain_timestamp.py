@@ -34,6 +34,7 @@ def add_parser(actions: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     roots = anchor.load_roots(args.roots)
     with SnapshotChain(args.chain, create=False) as chain:
+        chain.latest()  # not of a log that the pin says was rolled back or rewritten
         log = Log(chain.store, chain.origin)
         if args.tsa is None:
             log.refresh()

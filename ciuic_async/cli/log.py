@@ -9,6 +9,7 @@ from typing import Any
 from ciuic_async.chain import Snapshot, SnapshotChain
 from ciuic_async.cli.graph import draw
 from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json, print_table, text
+from ciuic_async.errors import UsageError
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -20,6 +21,8 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit {args.limit}: expected at least 1")
     with SnapshotChain(args.chain, create=False, mirror=args.mirror) as chain:
         entries = chain.log()
         if args.mirror is not None:

@@ -31,6 +31,7 @@ from ciuic_async.cli import (
     tag,
     verify,
 )
+from ciuic_async.cli.output import message
 from ciuic_async.errors import CiuicError, FormatVersionError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.version import __version__
 
@@ -44,6 +45,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, f"ciuic: {message}\n")
+
+
+class _Printable(logging.Formatter):
+    """What is logged, as text for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return message(super().format(record))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,8 +69,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``ciuic``; returns the exit code."""
     args = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable())
+    warnings.showwarning = lambda warned, *_, **__: print(f"warning: {message(warned)}", file=sys.stderr)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -91,7 +101,7 @@ def exit_code(error: CiuicError) -> int:
 
 
 def _failed(error: CiuicError, *, as_json: bool) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {message(error)}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": {"kind": error.kind, "where": error.where, "message": str(error)}}))
     return exit_code(error)

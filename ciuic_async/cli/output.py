@@ -62,6 +62,11 @@ def text(value: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
+def message(value: object) -> str:
+    """A message of one or several lines, each printable: errors and warnings quote what a chain holds."""
+    return "\n".join(map(text, str(value).split("\n")))
+
+
 @contextmanager
 def progress(label: str, stage: str) -> Iterator[Listener | None]:
     """A progress bar on stderr that follows events of ``stage``; nothing where stderr is no terminal."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.cli.output import Subparsers, add_command, print_json, print_table, text
@@ -30,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
         print_table(["tag", "snapshot", "step"], rows, right=(2,))
     elif args.delete:
         print(f"{text(args.name)} names no snapshot any more")
+    elif (bearer := tags.get(args.name)) is not None:
+        print(f"{text(args.name)} is {bearer.id} (step {text(bearer.step)})")
     else:
-        print(f"{text(args.name)} is {tags[args.name].id} (step {text(tags[args.name].step)})")
+        print(f"{text(args.name)} was given, and somebody else has taken it away since", file=sys.stderr)
     return 0

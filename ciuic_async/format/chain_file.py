@@ -13,6 +13,10 @@ from ciuic_async.format.fields import Fields
 SCHEMA = "ciuic.dev/chain/v1"
 FORMAT_VERSION = 1
 KNOWN_FEATURES: tuple[str, ...] = ()
+"""What manifests may require."""
+ORDERING_ETCD = "ordering-etcd"
+"""An etcd decides who writes next: no writer may claim a slot in the store alone. Readers need no etcd."""
+KNOWN_CHAIN_FEATURES = (*KNOWN_FEATURES, ORDERING_ETCD)
 CHUNK_SIZE_BYTES = 4 << 20
 LIMIT_BYTES = 64 << 10
 
@@ -29,9 +33,9 @@ class ChainFile:
     features_optional: tuple[str, ...] = ()
 
     @classmethod
-    def new(cls) -> ChainFile:
+    def new(cls, features_required: tuple[str, ...] = ()) -> ChainFile:
         """A chain of its own random origin."""
-        return cls(origin=f"ciuic.dev/chain/{secrets.token_hex(16)}")
+        return cls(origin=f"ciuic.dev/chain/{secrets.token_hex(16)}", features_required=features_required)
 
     def encode(self) -> bytes:
         return jsontext.encode(
@@ -59,7 +63,7 @@ class ChainFile:
             )
         if fields.string("digest") != "blake3-256":
             raise FormatVersionError(f"{what}: unknown digest {fields.string('digest')[:80]!r}", where=what)
-        required, optional = fields.features(KNOWN_FEATURES)
+        required, optional = fields.features(KNOWN_CHAIN_FEATURES)
         origin = fields.matching("origin", _ORIGIN)
         chunk_size = fields.integer("chunk_size_bytes", low=1 << 16, high=64 << 20)
         if chunk_size & (chunk_size - 1):

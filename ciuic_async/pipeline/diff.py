@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ class _Leaf:
 
     text: str
     content: bytes
+    """As short as a digest however much it stands for: a manifest may name one tensor a million times."""
 
 
 class _Leaves:
@@ -84,6 +86,7 @@ class _Leaves:
         self._resolved = resolved
         self._manifest: Manifest = resolved.manifest
         self._packed = self._read_packed()
+        self._contents: dict[int, bytes] = {}
 
     def all(self) -> Iterator[tuple[Path, _Leaf]]:
         for tree in self._manifest.trees:
@@ -105,13 +108,15 @@ class _Leaves:
         name = next((name for name in _REFERENCES if isinstance(node, dict) and type(node.get(name)) is int), None)
         if name is None or not 0 <= node[name] < len(self._manifest.tensors):
             text = json.dumps(node, ensure_ascii=False)
-            return _Leaf(_plain(node, text), text.encode("utf-8", "surrogatepass"))
+            return _Leaf(_plain(node, text), digest(text.encode("utf-8", "surrogatepass")))
         index = node[name]
         stored = self._manifest.tensors[index]
         about = json.dumps({**node, name: None}, sort_keys=True)  # the number itself says nothing
         view = node["view"] if isinstance(node.get("view"), dict) else {}
-        text = f"{view.get('dtype', stored.dtype)} {view.get('shape', list(stored.shape))}"
-        return _Leaf(text, f"{stored.dtype} {stored.shape} {about} ".encode() + self._content(index, stored))
+        text = _short(f"{view.get('dtype', stored.dtype)} {view.get('shape', list(stored.shape))}")
+        if index not in self._contents:
+            self._contents[index] = digest(self._content(index, stored))
+        return _Leaf(text, digest(f"{stored.dtype} {stored.shape} {about} ".encode() + self._contents[index]))
 
     def _content(self, index: int, stored: StoredTensor) -> bytes:
         return b"".join(
@@ -161,7 +166,12 @@ def _step(key: Node) -> str | int:
 def _plain(node: Node, text: str) -> str:
     """A plain value for people."""
     if isinstance(node, dict) and isinstance(node.get("float"), str):
-        return repr(struct.unpack(">d", bytes.fromhex(node["float"]))[0])
+        with suppress(ValueError, struct.error):  # not eight bytes in hex: nobody has checked the node
+            return repr(struct.unpack(">d", bytes.fromhex(node["float"]))[0])
+    return _short(text)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 

@@ -35,33 +35,38 @@ class Line:
 
 def the_line(log: Log) -> Iterator[Line]:
     """Living snapshots from the latest on, following rollbacks."""
+    size = len(log)
+    for given, line in enumerate(_walk(log, size)):
+        if line is None:
+            # A history that has one invalid rollback may have very many, each a search through the whole log.
+            yield from _read_index(log, size).line()[::-1][given:]
+            return
+        yield line
+
+
+def _walk(log: Log, size: int) -> Iterator[Line | None]:
+    """The line of the first ``size`` entries, lazily; None and no more at a rollback that is invalid."""
     pruned: set[str] = set()
-    jump: tuple[int, bytes] | None = None  # from where, to what
+    jump: bytes | None = None  # to what
     pruned_since: set[str] = set()  # by entries that the jump passes over
-    index = len(log) - 1
-    while True:
-        if index < 0:
-            if jump is None:
-                return
-            index, jump = jump[0] - 1, None  # to no snapshot before it: as if it were not there
-            continue
+    for index in range(size - 1, -1, -1):
         entry = log.entry(index)
         if isinstance(entry, PruneEntry):
             (pruned if jump is None else pruned_since).update(entry.snapshots)
         elif isinstance(entry, RollbackEntry):
             if jump is None:
-                jump = (index, entry.target)
+                jump = entry.target
                 pruned_since = set()
         elif isinstance(entry, SnapshotEntry):
-            if jump is not None and log.leaf_hash(index) == jump[1]:
-                if entry.snapshot in pruned_since:  # to one that was gone by then: as if it were not there
-                    index, jump = jump[0] - 1, None
-                    continue
+            if jump is not None and log.leaf_hash(index) == jump:
+                if entry.snapshot in pruned_since:  # to one that was gone by then
+                    break
                 pruned |= pruned_since
                 jump = None
             if jump is None and entry.snapshot not in pruned:
                 yield Line(index, entry, log.leaf_hash(index))
-        index -= 1
+    if jump is not None:
+        yield None
 
 
 def newest_first(log: Log) -> Iterator[Line]:
@@ -159,6 +164,14 @@ class _Index:
         gone = self.living.pop(snapshot, None)
         if gone is not None:
             del self.bearers[gone.index]
+
+
+def _read_index(log: Log, size: int) -> _Index:
+    """What the first ``size`` entries mean, whatever was appended since."""
+    index = _Index()
+    for number in range(size):
+        index.add(number, log.entry(number), log.leaf_hash(number))
+    return index
 
 
 _indexes: WeakKeyDictionary[Log, _Index] = WeakKeyDictionary()
@@ -266,10 +279,13 @@ def _best(log: Log, metric: str) -> Line | None:
 
 
 def _ancestor(log: Log, line: Line, generations: int, ref: str) -> Line:
+    with log.lock:
+        index = _index(log)
+        bearers = {one.leaf_hash: one for one in index.bearers.values()} if generations else {}
     for _ in range(generations):
         parent = line.entry.parent
-        found = next((other for other in newest_first(log) if other.leaf_hash == parent), None)
-        if parent is None or found is None:
+        found = None if parent is None else bearers.get(parent)
+        if found is None:
             raise NotFoundError(
                 f"{ref}: snapshot {line.entry.snapshot} has no parent that is still there",
                 kind="no_such_snapshot",

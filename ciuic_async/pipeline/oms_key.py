@@ -7,8 +7,6 @@ shows it. Verifiers get its public half from its owner, not from beside the mode
 from __future__ import annotations
 
 import os
-import secrets
-import stat
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from ciuic_async.errors import UsageError
-from ciuic_async.transparency.keys import fsync_folder, refuse_in_chain
+from ciuic_async.transparency.keys import read_private, user_path, write_once
 
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _LIMIT_BYTES = 16384
@@ -67,41 +65,22 @@ def load_or_create(explicit: str | os.PathLike[str] | None, *, chain_folder: str
     path = _user_path()
     key = _load(path, chain_folder) or _create(path, chain_folder)
     with suppress(OSError):  # it can be made again from the key at any time
-        _write_once(key.public_path, key.public_pem, 0o644)
+        write_once(key.public_path, key.public_pem, 0o644)
     return key
 
 
 def _user_path() -> str:
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.config")
-    if not os.path.isabs(base):
+    path = user_path("export-p256.pem")
+    if path is None:
         raise UsageError("this user has no home folder; name a key file", kind="key_not_writable")
-    return os.path.join(base, "ciuic_async", "keys", "export-p256.pem")
+    return path
 
 
 def _load(path: str, chain_folder: str | None) -> OmsKey | None:
     """The key in a file; None where there is none."""
-    refuse_in_chain(path, chain_folder)
-    try:
-        # O_NONBLOCK: opening a pipe must not wait for its writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
+    data = read_private(path, chain_folder, _LIMIT_BYTES, "PEM")
+    if data is None:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: the key cannot be read: {error}", kind="key_unreadable", where=path) from error
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _LIMIT_BYTES:
-            raise UsageError(f"{path}: not a key file in PEM", kind="key_malformed", where=path)
-        if status.st_mode & 0o077:
-            raise UsageError(
-                f"{path}: others may read or write this key (mode {stat.S_IMODE(status.st_mode):04o}, expected 0600); "
-                "run chmod 600 on it, and make a new key if others use this machine",
-                kind="key_exposed",
-                where=path,
-            )
-        data = file.read(_LIMIT_BYTES)
     try:
         private = load_pem_private_key(data, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -121,8 +100,8 @@ def _create(path: str, chain_folder: str | None) -> OmsKey:
     private = ec.generate_private_key(ec.SECP256R1())
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        _write_once(path, pem, 0o600)
+        with suppress(FileExistsError):
+            write_once(path, pem, 0o600)
     except OSError as error:
         raise UsageError(
             f"{path}: the key cannot be made: {os.strerror(error.errno or 0)}; name a key file",
@@ -133,20 +112,3 @@ def _create(path: str, chain_folder: str | None) -> OmsKey:
     if key is None:
         raise UsageError(f"{path}: a link that leads nowhere; remove it", kind="key_unreadable", where=path)
     return key
-
-
-def _write_once(path: str, data: bytes, mode: int) -> None:
-    """Write a whole file unless there is one; who loses a race finds a whole file, never half of one."""
-    folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".{os.path.basename(path)}.{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        with suppress(FileExistsError):
-            os.link(temporary, path)
-    finally:
-        os.unlink(temporary)
-    fsync_folder(folder)

@@ -10,6 +10,7 @@ Tiles and head *behind* the slots are no problem: a writer died in between, and 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,6 +84,10 @@ class _Audit:
         self.hashes: list[list[bytes]] = [[]]
         """All hashes of each level of tiles."""
         self.slots_seen: set[str] = set()
+        self.named: set[str] = set()
+        """Files that have a problem."""
+        self.vouched: list[bytes] = []
+        """All entries under the signed head, from bundles: once they were needed, while the slots agree with them."""
         self.newcomers = 0
         """Of the slots, those whose signer is announced in them."""
 
@@ -114,7 +119,8 @@ class _Audit:
                 self.result.written[slot.signer] += len(slot.entries)
                 continue
             size = len(self.raw)
-            later = next((number for number in listed if number > size), None)
+            following = bisect_right(listed, size)
+            later = listed[following] if following < len(listed) else None
             expected = claimed.size if claimed is not None and claimed.size > size else later
             if expected is None:
                 return
@@ -125,15 +131,12 @@ class _Audit:
                 )
             rescued = self._from_bundles(head_data, claimed)
             if not rescued:
-                for number in listed:
-                    if number > size:
-                        self._problem(
-                            "unreachable", layout.slot(number), "cannot be checked: a slot before it is unusable"
-                        )
+                for number in listed[following:]:
+                    self._problem("unreachable", layout.slot(number), "cannot be checked: a slot before it is unusable")
                 return
             # Up to the next slot that is there; a slot's entries are checked against those that are known by then.
-            end = min(number for number in (*listed, size + len(rescued)) if number > size)
-            self._add(rescued[: end - size])
+            end = len(rescued) if later is None else min(later, len(rescued))
+            self._add(rescued[size:end])
 
     def _next_slot(self) -> Slot | None:
         """The slot after the entries known so far; None where it is absent or unusable."""
@@ -152,9 +155,11 @@ class _Audit:
             return None
 
     def _from_bundles(self, data: bytes | None, claimed: LogHead | None) -> list[bytes]:
-        """The entries from here to the head's size, if the bundles give its root and a key of theirs signed it."""
+        """All entries up to the head's size, if the bundles give its root and a key of theirs signed it; else none."""
         if data is None or claimed is None or claimed.size <= len(self.raw):
             return []
+        if self.vouched:  # one look is enough, however many slots are damaged
+            return self.vouched
         found = list(self.raw)
         try:
             for index in range(len(self.raw) // WIDTH, -(-claimed.size // WIDTH)):
@@ -169,7 +174,8 @@ class _Audit:
             note.verify(data, {(self.origin, key_id): vkey for key_id, vkey in keys.items()}, layout.LOG_HEAD)
         except (IntegrityError, NotFoundError, StoreError):
             return []
-        return found[len(self.raw) :]
+        self.vouched = found
+        return found
 
     def _bundle(self, index: int, width: int) -> tuple[bytes, ...]:
         name, full_name = layout.entry_bundle(index, width), layout.entry_bundle(index)
@@ -178,6 +184,8 @@ class _Audit:
         return tiles.decode_bundle(self.store.read(full_name, tiles.BUNDLE_LIMIT_BYTES), WIDTH, full_name)[:width]
 
     def _add(self, entries: tuple[bytes, ...] | list[bytes]) -> None:
+        if self.vouched[len(self.raw) : len(self.raw) + len(entries)] != list(entries):
+            self.vouched = []
         for data in entries:
             leaf = merkle.leaf_hash(data)
             self.raw.append(data)
@@ -277,7 +285,7 @@ class _Audit:
 
     def _check_stray_slot(self, name: str) -> None:
         """A slot that the walk did not meet: at a size between two slots, or after a gap."""
-        if any(problem.where == name for problem in self.result.problems):
+        if name in self.named:
             return
         self._problem("stray_slot", name, "no history leads to this slot: it was moved here, or others are missing")
 
@@ -294,7 +302,7 @@ class _Audit:
                     )
                 except CiuicError as error:
                     # Reading a listed file has named it already; a folder in a file's place is not listed.
-                    if not any(problem.where == name for problem in self.result.problems):
+                    if name not in self.named:
                         self._problem(error.kind, name, str(error))
                     continue
                 if not present:
@@ -357,3 +365,4 @@ class _Audit:
     def _problem(self, kind: str, where: str, message: str) -> None:
         text = message if message.startswith(where) else f"{where}: {message}"
         self.result.problems.append(Problem(kind, where, text))
+        self.named.add(where)

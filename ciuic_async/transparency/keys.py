@@ -241,32 +241,53 @@ def _named(explicit: str | os.PathLike[str] | None) -> SigningKey | str | None:
     return os.path.abspath(os.path.expanduser(value))
 
 
-def _user_path() -> str | None:
-    """``$XDG_CONFIG_HOME`` or ``~/.config``, then ours; None without a home. A relative XDG path counts as unset."""
+def user_path(name: str) -> str | None:
+    """Where a key file of the user's own lies: ``$XDG_CONFIG_HOME`` or ``~/.config``, then ours; None without a home.
+
+    A relative XDG path counts as unset.
+    """
     base = os.environ.get("XDG_CONFIG_HOME", "")
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.config")
-    return os.path.join(base, "ciuic_async", "keys", "ed25519.key") if os.path.isabs(base) else None
+    return os.path.join(base, "ciuic_async", "keys", name) if os.path.isabs(base) else None
+
+
+def _user_path() -> str | None:
+    return user_path("ed25519.key")
 
 
 def _load(path: str, chain_folder: str | None) -> SigningKey | None:
-    """The key in the file at ``path``; None where there is no such file. Symbolic links are followed."""
+    """The key in the file at ``path``; None where there is no such file."""
+    content = read_private(path, chain_folder, _LIMIT_BYTES, "one line of text")
+    return None if content is None else _parse_secret(content.decode("ascii", "replace"), path, path)
+
+
+def read_private(path: str, chain_folder: str | None, limit_bytes: int, form: str) -> bytes | None:
+    """A file that only its owner can read; None where there is no such file. Symbolic links are followed.
+
+    Args:
+        chain_folder: the folder of a local chain, in which it may not lie.
+        form: what it should be, for messages.
+
+    Raises:
+        UsageError: kind ``key_in_chain``, ``key_unreadable``, ``key_malformed`` (no file, or too long) or
+            ``key_exposed``.
+    """
     refuse_in_chain(path, chain_folder)
     try:
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) else os.strerror(error.errno or 0)
         raise UsageError(
-            f"{path}: the key cannot be read: {os.strerror(error.errno or 0)}; check the path and its owner",
-            kind="key_unreadable",
-            where=path,
+            f"{path}: the key cannot be read: {reason}; check the path and its owner", kind="key_unreadable", where=path
         ) from error
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _LIMIT_BYTES:
-            raise UsageError(f"{path}: not a key file (one line of text)", kind="key_malformed", where=path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
+            raise UsageError(f"{path}: not a key file ({form})", kind="key_malformed", where=path)
         if status.st_mode & 0o077:
             raise UsageError(
                 f"{path}: others may read or write this key (mode {stat.S_IMODE(status.st_mode):04o}, expected 0600); "
@@ -274,30 +295,17 @@ def _load(path: str, chain_folder: str | None) -> SigningKey | None:
                 kind="key_exposed",
                 where=path,
             )
-        content = os.read(descriptor, _LIMIT_BYTES)
+        return os.read(descriptor, limit_bytes)
     finally:
         os.close(descriptor)
-    return _parse_secret(content.decode("ascii", "replace"), path, path)
 
 
 def _create(path: str, chain_folder: str | None) -> SigningKey:
     """A new key at ``path``, durable on return; the other's key where another process was first."""
     refuse_in_chain(path, chain_folder)
     key = SigningKey.generate()
-    folder = os.path.dirname(path)
-    # Written aside and linked: who loses the race finds a whole file, never half of one.
-    temporary = os.path.join(folder, f".{os.path.basename(path)[:100]}.{secrets.token_hex(8)}")
     try:
-        _make_folders(folder)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, (key.secret() + "\n").encode())
-            os.fsync(descriptor)
-            os.link(temporary, path)
-        finally:
-            os.close(descriptor)
-            os.unlink(temporary)
-        fsync_folder(folder)
+        write_once(path, (key.secret() + "\n").encode(), 0o600)
     except FileExistsError as error:
         existing = _load(path, chain_folder)
         if existing is None:
@@ -314,6 +322,29 @@ def _create(path: str, chain_folder: str | None) -> SigningKey:
             where=path,
         ) from error
     return SigningKey(key._private, path)
+
+
+def write_once(path: str, data: bytes, mode: int) -> None:
+    """A new file, durable on return, with its folder where that is missing.
+
+    Written aside and linked: who loses a race (FileExistsError) finds a whole file, never half of one.
+
+    Raises:
+        OSError: nothing was made but folders.
+    """
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".{os.path.basename(path)[:100]}.{secrets.token_hex(8)}")
+    _make_folders(folder)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        os.fsync(descriptor)
+        os.link(temporary, path)
+    finally:
+        os.close(descriptor)
+        os.unlink(temporary)
+    fsync_folder(folder)
 
 
 def _make_folders(folder: str) -> None:

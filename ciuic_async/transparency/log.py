@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 
 class Log:
-    """The log of one chain in a store. Any thread may call; calls wait for each other.
+    """The log of one chain in a store. Any thread may call; calls wait for each other, but none for a claim.
 
     Args:
         store: where the chain lives.
@@ -73,6 +73,8 @@ class Log:
         """The newest slot that was replayed: it may be in the ordering and not yet in the store."""
         self.origin = origin
         self._lock = threading.RLock()
+        self._writer = threading.RLock()
+        """Held over an attempt to append, and taken before ``_lock``: appends of this object never race each other."""
         self._view = View.empty(store, origin)
         self._published = 0
         """Tiles and bundles up to this size are published: that of the last log head that was verified."""
@@ -87,7 +89,7 @@ class Log:
 
     @property
     def lock(self) -> AbstractContextManager[object]:
-        """What every call holds; hold it to see one state over several calls. Re-entrant."""
+        """What every call holds; hold it to see one state over several calls. Re-entrant. Not to be held to append."""
         return self._lock
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ class Log:
             The index of the first entry that ``build`` gave; the log's size when it gave none.
 
         Raises:
-            CommitConflictError: all races were lost; nothing was written.
+            CommitConflictError: all races were lost, or kind ``slot_differs``; nothing was written.
             StoreError: the claim failed; nothing was written unless the store went away just then. Failures after the
                 claim are no error: they are logged, and the next ``append`` makes up for them.
             IntegrityError: as ``refresh``.
@@ -214,25 +216,29 @@ class Log:
         for attempt in range(attempts):
             if attempt:
                 time.sleep(_random.uniform(0, min(_MAX_WAIT_S, _WAIT_S * 2**attempt)))
-            with self._lock:
-                old = self.refresh()
-                self._settle()
-                if old.size > self._published and self._knows(key):
-                    # Roll a crashed writer forward before adding to it: at most one slot is ever without its log head.
-                    self._try_publish(key)
-                given = list(build(self))
-                if not given:
-                    return old.size
-                prefix = [] if self._knows(key) else [self._newcomer(key, old, announce)]
-                for data in given:
-                    _check_entry(data)
-                content = slots.encode_slot(old, [*prefix, *given], key, self.origin)
-                slot = slots.check_slot(content, old, self.origin, self._view.keys.get)  # what is written can be read
+            with self._writer:
+                with self._lock:
+                    old = self.refresh()
+                    self._settle()
+                    if old.size > self._published and self._knows(key):
+                        # Roll a crashed writer forward before adding to it: at most one slot is ever without its head.
+                        self._try_publish(key)
+                    given = list(build(self))
+                    if not given:
+                        return old.size
+                    prefix = [] if self._knows(key) else [self._newcomer(key, old, announce)]
+                    for data in given:
+                        slots.check_entry(data)
+                    content = slots.encode_slot(old, [*prefix, *given], key, self.origin)
+                    slot = slots.check_slot(content, old, self.origin, self._view.keys.get)  # it can be read
+                # Not under the lock that readers need: an etcd that does not answer takes its time.
                 if self._ordering.claim(layout.slot(old.size), content) != content:
                     continue
-                self._view.extend(slot)
-                self._try_publish(key)
-                return old.size + len(prefix)
+                with self._lock:
+                    if self._view.head.size == old.size:  # else a reader has met the slot already
+                        self._view.extend(slot)
+                    self._try_publish(key)
+                    return old.size + len(prefix)
         raise CommitConflictError(
             f"{self._store.url}: {attempts} other writers were first; try again when fewer write", where=layout.SLOTS
         )
@@ -242,7 +248,7 @@ class Log:
 
         Needs a key that the log knows. Errors as ``refresh`` and ``publish_derived``.
         """
-        with self._lock, warnings.catch_warnings():
+        with self._writer, self._lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", CiuicWarning)  # of damage that is repaired in a moment
             self.refresh()
             self._settle()
@@ -459,8 +465,9 @@ class Log:
         if old.size and not self._ordering.orders_writers:
             raise UsageError(
                 f"{self._store.url}: this store cannot create a name only once, so a second writer could overwrite "
-                "what the first one wrote, and this chain has a writer with another key. Write with that key, or order "
-                "writers by etcd (ordering='etcd://host:port/prefix')",
+                "what the first one wrote, and this chain has a writer with another key. Write with that key, or let "
+                "it go on as a chain that an etcd orders: run 'ciuic chain fork CHAIN DEST --reason TEXT' with "
+                "CIUIC_ORDERING=etcd://host:port/prefix",
                 kind="one_writer",
             )
         data = announce()
@@ -593,11 +600,3 @@ class Log:
             raise self._fork(self._parse_head(data).size, head.size)
         self._store.overwrite(layout.LOG_HEAD, data)
         self._accept_head(data, head, found.signers)
-
-
-def _check_entry(data: bytes) -> None:
-    """Refuse to write what no reader would accept."""
-    try:
-        entries_format.decode(data, 0)
-    except IntegrityError as error:
-        raise UsageError(f"not an entry of a log: {error}", kind="bad_entry") from error

@@ -7,6 +7,9 @@ A *store* that creates a name once orders writers by itself. *etcd* orders them 
 claimed there first and then copied into the store, and only then acknowledged, so that readers need no etcd. A writer
 that dies in between leaves a slot that is in etcd alone: other writers meet it, copy it and go on behind it. What the
 store holds is the truth from then on: a lost etcd loses nothing that was acknowledged.
+
+Which of the two it is belongs to a chain for its whole life and stands in its ``ciuic.json``: slots that some claim in
+an etcd and others past it would be two histories. ``check_writer`` refuses the others.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import os
 import ssl
 import threading
 import time
+from collections.abc import Collection
 from typing import Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ciuic_async.errors import CommitConflictError, IntegrityError, NotFoundError, StoreError, UsageError
+from ciuic_async.format.chain_file import ORDERING_ETCD
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency import slots
 from ciuic_async.transparency.etcd import VALUE_LIMIT_BYTES, Etcd
@@ -57,6 +62,7 @@ class Ordering(Protocol):
 
         Raises:
             StoreError: the place failed.
+            CommitConflictError: kind ``slot_differs``; the store holds another slot of this name, which counts.
         """
 
 
@@ -154,7 +160,13 @@ class EtcdOrdering:
         return self._copy(name, content) if holds == content else holds
 
     def settle(self, name: str, content: bytes) -> None:
-        self._copy(name, content)
+        if self._copy(name, content) != content:
+            raise CommitConflictError(
+                f"{name}: what etcd alone held was read, and the store holds another slot by now: somebody writes past "
+                "etcd. Nothing was built on it: open the chain again, and let all its writers use one ordering",
+                kind="slot_differs",
+                where=name,
+            )
 
     def _copy(self, name: str, content: bytes) -> bytes:
         """Bring a slot that etcd gave away into the store; what the store then holds."""
@@ -184,6 +196,41 @@ class EtcdOrdering:
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
+
+
+def is_etcd(text: str) -> bool:
+    """Whether ``ordering=`` names an etcd; the text was parsed before."""
+    return text.startswith(("etcd://", "etcds://"))
+
+
+def check_writer(text: str, features_required: Collection[str], where: str) -> None:
+    """Refuse to write to a chain in another order than the one it began with. Readers need not ask.
+
+    Args:
+        text: what ``ordering=`` says.
+        features_required: those of the chain's ``ciuic.json``.
+        where: the chain, for messages.
+
+    Raises:
+        UsageError: kind ``ordering_differs``. Says what to do; repeats nothing of ``text``, which may hold a password.
+    """
+    by_etcd = ORDERING_ETCD in features_required
+    if by_etcd == is_etcd(text):
+        return
+    if by_etcd:
+        message = (
+            "this chain is ordered by etcd, and this writer would go past it: name the etcd that its other writers do "
+            "(ordering='etcd://host:port/prefix', or CIUIC_ORDERING). If that one is lost, an empty one under the same "
+            "name will do: what is in the store counts. To do without etcd, run 'ciuic chain fork CHAIN DEST "
+            "--reason TEXT' with CIUIC_ORDERING=local"
+        )
+    else:
+        message = (
+            "this chain is ordered by the place it lies in, and its other writers would not ask an etcd: leave "
+            "ordering= and CIUIC_ORDERING away. To have it ordered by etcd from now on, run 'ciuic chain fork CHAIN "
+            "DEST --reason TEXT' with CIUIC_ORDERING=etcd://host:port/prefix"
+        )
+    raise UsageError(f"{where}: {message}", kind="ordering_differs", where=where)
 
 
 def parse(text: str, store: Store, origin: str) -> Ordering:

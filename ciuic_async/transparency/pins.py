@@ -90,8 +90,10 @@ class Pins:
             data = read_text_file(path, note.LIMIT_BYTES, "pin")
         except UsageError as error:
             # Not kept in a variable: with its traceback that would keep the caller's objects until garbage collection.
-            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError | PermissionError):
-                return None  # none was made, or it is the home of somebody else, as in containers
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return None  # none was made
+            if isinstance(error.__cause__, PermissionError) and not os.path.lexists(path):
+                return None  # the home of somebody else, as in containers: nobody can say whether there is one
             raise _malformed(path, str(error)) from error
         try:
             parsed = note.parse(data, path)

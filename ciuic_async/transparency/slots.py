@@ -39,6 +39,14 @@ class Slot:
     signer: Vkey
 
 
+def check_entry(data: bytes) -> None:
+    """Refuse to write what no reader would accept. Raises UsageError, kind ``bad_entry``."""
+    try:
+        entries_format.decode(data, 0)
+    except IntegrityError as error:
+        raise UsageError(f"not an entry of a log: {error}", kind="bad_entry") from error
+
+
 def encode_slot(old: LogHead, entries: Sequence[bytes], key: SigningKey, origin: str) -> bytes:
     """The content of the slot after ``old`` (docs/format.md, section 6).
 

@@ -454,8 +454,8 @@ def test_verify_reaches_the_level(
     def level(path: Path | None) -> tuple[str, str]:
         with SnapshotChain(chain, create=False) as known:
             report = known.verify(roots=path)
-        assert report.ok
         found = next(one for one in report.levels if one.name == "timestamped")
+        assert [one.kind for one in report.problems] == ["not_timestamped"] * (found.state == "failed")
         return found.state, found.detail
 
     assert level(None)[0] == "not asked"
@@ -465,5 +465,15 @@ def test_verify_reaches_the_level(
     assert state == "ok"
     assert "entry 1 existed at" in detail
     assert level(others)[0] == "failed"
+    assert main(["verify", chain, "--roots", str(others)]) == 4
+    assert "not_timestamped" in capsys.readouterr().out
+    with SnapshotChain(chain) as known:
+        ciuic_async.save({"x": torch.zeros(3)}, known)
+        latest = known.latest()
+        assert latest is not None
+        known.store.create(layout.timestamp(latest.id), b"garbage")
+    state, detail = level(roots)
+    assert state == "ok"
+    assert "of 2 tokens 1 do not hold" in detail  # what is refused beside a good one is not kept quiet
     assert main(["verify", chain, "--roots", str(roots)]) == 0
     assert "entry 1 existed at" in capsys.readouterr().out

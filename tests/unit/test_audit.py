@@ -299,3 +299,28 @@ def test_a_key_of_a_later_kind_is_no_problem() -> None:
     found = audit_log(store, ORIGIN)
     assert found.problems == []
     assert [str(key) for key in found.keys.values()] == [KEY.vkey(ORIGIN)]
+
+
+class Counting(MemoryStore):
+    """Counts how often bundles are read."""
+
+    bundles = 0
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        self.bundles += name.startswith(f"{layout.TILES}/entries/")
+        return super().read(name, limit_bytes)
+
+
+def test_very_many_damaged_slots_are_one_look_at_the_bundles() -> None:
+    """Each damaged slot is named, what the others hold is checked, and the log is not read again for each of them."""
+    store = Counting()
+    for number in range(60):
+        add(store, str(number))
+    damaged = {layout.slot(size) for size in range(2, 60, 2)}
+    for name in damaged:
+        store.overwrite(name, b"garbage")
+    store.bundles = 0
+    found = audit_log(store, ORIGIN)
+    assert names_of(found.problems) == damaged
+    assert len(found.entries) == 61
+    assert store.bundles <= 1 + len([item for item in store.list(layout.TILES) if "/entries/" in item.name])

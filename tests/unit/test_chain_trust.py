@@ -132,9 +132,22 @@ def test_orderings_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytes
     for wrong in ("paxos", "etcd:"):
         with pytest.raises(UsageError):
             SnapshotChain(tmp_path / "chain", ordering=wrong)
+    assert not (tmp_path / "chain").exists()
     monkeypatch.setenv("CIUIC_ORDERING", "etcd:")
     with pytest.raises(UsageError):
         SnapshotChain(tmp_path / "chain")
     with SnapshotChain(tmp_path / "chain", ordering="local") as chain:
         chain.note("fine")
         assert chain.verify().ok
+
+
+def test_a_chain_says_that_an_etcd_orders_it(tmp_path: Path) -> None:
+    """Also before its first entry: who comes without an etcd may not begin it, and nobody writes while etcd is away."""
+    url = "etcd://127.0.0.1:1"
+    SnapshotChain(tmp_path / "chain", ordering=url).close()
+    with SnapshotChain(tmp_path / "chain") as chain:
+        with pytest.raises(UsageError) as caught:
+            chain.note("past etcd")
+        assert chain.verify().ok
+    assert caught.value.kind == "ordering_differs"
+    assert not list((tmp_path / "chain" / layout.SLOTS).iterdir())

@@ -18,6 +18,7 @@ import torch
 import ciuic_async
 from ciuic_async import Checkpointer, KeepLatest, SnapshotChain
 from ciuic_async.cli.main import main
+from ciuic_async.cli.output import message
 from ciuic_async.errors import IntegrityError
 from ciuic_async.fork import fork
 from ciuic_async.format import layout
@@ -26,6 +27,7 @@ from ciuic_async.stores.local import LocalStore
 from ciuic_async.transparency import keys, note
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.log import Log
+from ciuic_async.transparency.pins import Pins
 from ciuic_async.transparency.policy import Policy
 
 
@@ -104,6 +106,44 @@ def test_a_hostile_policy_copy_moves_no_cursor(chain: str, capsys: pytest.Captur
     assert code == 4
     assert "policy_malformed" in out
     assert all(char.isprintable() or char == "\n" for char in out + err)
+
+
+@pytest.mark.damages
+def test_a_hostile_error_moves_no_cursor(chain: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors, warnings and log lines that quote a file of the chain are printed as text too, and keep their lines."""
+    file = Path(chain, layout.CHAIN_FILE)
+    good = file.read_bytes()
+    file.write_bytes(good.replace(b"ciuic.dev/chain/v1", b"ciuic.dev/chain/v9\\u001b[2J\xe2\x80\xae"))
+    code, out, err = run(capsys, "log", chain)
+    assert (code, out) == (4, "")
+    assert "upgrade ciuic-async" in err
+    assert all(char.isprintable() or char == "\n" for char in err)
+    file.write_bytes(good)
+    assert message("two\nlines\x1b[2J") == "two\nlines?[2J"
+
+
+def test_log_shows_at_least_one_line(chain: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit that would show nothing, or all but the oldest, is a usage error and not "no snapshots yet"."""
+    for limit in ("0", "-1"):
+        code, out, err = run(capsys, "log", chain, "--limit", limit)
+        assert (code, out) == (2, "")
+        assert "--limit" in err
+
+
+def test_a_reason_that_cannot_be_recorded_replaces_no_pin(chain: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too long with what goes before it, or no text: exit code 2, and the pin and the history are what they were."""
+    assert run(capsys, "verify", chain)[0] == 0
+    with SnapshotChain(chain) as opened:
+        path = Path(Pins.of_user().path(opened.origin))
+        opened.latest()
+        before = path.read_bytes(), opened.log_size
+    for reason in ("x" * 10_000, "\udcff"):
+        assert run(capsys, "chain", "repin", chain, "--reason", reason)[0] == 2
+        with SnapshotChain(chain) as opened:
+            opened.latest()
+            assert (path.read_bytes(), opened.log_size) == before
+        assert not list(path.parent.glob("*.replaced"))
+        assert run(capsys, "rollback", chain, "latest", "--reason", reason + "x")[0] == 2
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

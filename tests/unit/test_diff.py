@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 import ciuic_async
 from ciuic_async import SnapshotChain
 from ciuic_async.cli.main import main
+from ciuic_async.pipeline.diff import diff
 
 
 def state() -> dict[str, Any]:
@@ -111,3 +114,36 @@ def test_the_command_prints_it_for_people_and_scripts(tmp_path: Path, capsys: py
     code = "import sys; from ciuic_async.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, "diff", place, "latest~1"], check=False).returncode == 0
     assert main(["diff", place, "nothing"]) == 3
+
+
+@pytest.mark.parametrize("value", ["zz", "00", "", "3ff000000000000000"])
+def test_a_node_that_nobody_would_write_is_compared_as_it_stands(value: str, tmp_path: Path) -> None:
+    """A manifest is its writer's word: a float that is none is a value like any other, and no end of the command."""
+    ciuic_async.save({"lr": 0.5}, tmp_path / "chain")
+    with SnapshotChain(tmp_path / "chain") as chain:
+        good = chain.get("latest").resolve()
+        tree = replace(good.manifest.trees[0], node={"float": value})
+        bad = replace(good, manifest=replace(good.manifest, trees=(tree, *good.manifest.trees[1:])))
+        found = diff(chain.store, good, bad)
+        assert [(change.path, change.before) for change in found.changed] == [("lr", "0.5")]
+        assert diff(chain.store, bad, bad).changed == ()
+
+
+def test_a_tensor_that_is_named_very_often_is_kept_once(tmp_path: Path) -> None:
+    """Its digests are not repeated for each of three thousand names: memory stays far below their product."""
+    ciuic_async.save({"t": torch.arange(40_000, dtype=torch.float32)}, tmp_path / "chain")
+    with SnapshotChain(tmp_path / "chain") as chain:
+        good = chain.get("latest").resolve()
+        manifest = good.manifest
+        shard = replace(manifest.tensors[0].shards[0], digests=manifest.tensors[0].shards[0].digests * 2000)
+        tensors = (replace(manifest.tensors[0], shards=(shard,)), *manifest.tensors[1:])
+        tree = replace(manifest.trees[0], node=[{"tensor": 0}] * 3000)
+        hostile = replace(good, manifest=replace(manifest, trees=(tree,), tensors=tensors))
+        tracemalloc.start()
+        try:
+            found = diff(chain.store, hostile, hostile)
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert found.same == 3000
+    assert peak_bytes < 50 << 20  # 3000 times 64 kB would be 192 MB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -315,3 +315,51 @@ def test_a_snapshot_knows_its_tags(chain: SnapshotChain) -> None:
     chain.tag("a", "step:1")
     assert chain.get("latest").tags == ("b", "c")
     assert chain.get("step:1").tags == ("a",)
+
+
+def test_very_many_rollbacks_to_nowhere_cost_no_more_than_reading_the_log() -> None:
+    """Whoever has a key can write a hundred thousand of them; each is passed over, and none is a search of its own."""
+    key = SigningKey.generate()
+    log = Log(MemoryStore(), ORIGIN)
+    first, second = snapshot(1), snapshot(2)
+    gone = entries.PruneEntry(COMMON, (f"{2:020x}",), "any").encode()
+    nowhere = [entries.RollbackEntry(COMMON, number.to_bytes(32, "big"), "no").encode() for number in range(1500)]
+    pruned = [entries.RollbackEntry(COMMON, leaf_hash(second), f"{number}").encode() for number in range(1500)]
+    lines = [first, second, gone, *nowhere, *pruned, snapshot(3), pruned[0]]
+    log.append(lambda _: lines, key, announce=lambda: entries.KeyEntry(COMMON, key.vkey(ORIGIN)).encode())
+    read = 0
+    entry = log.entry
+
+    def counted(index: int) -> entries.Entry:
+        nonlocal read
+        read += 1
+        return entry(index)
+
+    log.entry = counted  # type: ignore[method-assign]
+    assert [line.entry.step for line in history.the_line(log)] == [3, 1]
+    assert read < 3 * len(lines)
+
+
+def test_distant_ancestors_are_found_in_one_pass(tmp_path: Path) -> None:
+    """``latest~300`` looks at every entry once, and not three hundred times at all of them."""
+    key = SigningKey.generate()
+    log = Log(MemoryStore(), ORIGIN)
+    lines: list[bytes] = []
+    for number in range(400):
+        made = entries.decode(snapshot(number), number)
+        assert isinstance(made, entries.SnapshotEntry)
+        lines.append(replace(made, parent=leaf_hash(lines[-1]) if lines else None).encode())
+    log.append(lambda _: lines, key, announce=lambda: entries.KeyEntry(COMMON, key.vkey(ORIGIN)).encode())
+    read = 0
+    entry = log.entry
+
+    def counted(index: int) -> entries.Entry:
+        nonlocal read
+        read += 1
+        return entry(index)
+
+    log.entry = counted  # type: ignore[method-assign]
+    assert history.resolve_ref(log, "latest~300").entry.step == 99
+    assert read < 3 * len(lines)
+    with pytest.raises(NotFoundError):
+        history.resolve_ref(log, "latest~400")

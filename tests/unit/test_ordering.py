@@ -220,6 +220,63 @@ def test_no_answer_breaks_the_client(content: object, status: int) -> None:
         assert found is None or isinstance(found, bytes)
 
 
+class Hanging(StoreOrdering):
+    """A claim that waits until it is told to go on, as one at an etcd that does not answer."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.waiting, self.answer = threading.Event(), threading.Event()
+
+    def claim(self, name: str, content: bytes) -> bytes:
+        self.waiting.set()
+        assert self.answer.wait(60)
+        return super().claim(name, content)
+
+
+def test_nobody_waits_for_a_claim() -> None:
+    """While one thread's claim is on its way others read the log, and other processes write; then it has lost, and its
+    next try wins."""
+    store = MemoryStore()
+    first, second = SigningKey.generate(), SigningKey.generate()
+    add(Log(store, ORIGIN), first, "a")
+    claims = Hanging(store)
+    log = Log(store, ORIGIN, claims)
+    found: list[int] = []
+    writer = threading.Thread(target=lambda: found.append(add(log, first, "b")))
+    writer.start()
+    assert claims.waiting.wait(60)
+    seen: list[int] = []
+    reader = threading.Thread(target=lambda: seen.append(log.refresh().size))
+    reader.start()
+    reader.join(60)
+    assert seen == [2]
+    assert add(Log(store, ORIGIN), second, "c") == 3
+    assert log.refresh().size == 4
+    claims.answer.set()
+    writer.join(60)
+    assert found == [4]
+    log.refresh()
+    assert [one.text for _, one in log.entries() if isinstance(one, entry.NoteEntry)] == ["a", "c", "b"]
+
+
+def test_a_slot_that_a_reader_met_first_counts_once() -> None:
+    """The claim has landed and its writer not yet heard of it, when another thread reads the log: one entry."""
+    store, key = MemoryStore(), SigningKey.generate()
+
+    class Met(StoreOrdering):
+        def claim(self, name: str, content: bytes) -> bytes:
+            won = super().claim(name, content)
+            reader = threading.Thread(target=log.refresh)
+            reader.start()
+            reader.join(60)
+            assert not reader.is_alive()
+            return won
+
+    log = Log(store, ORIGIN, Met(store))
+    assert [add(log, key, text) for text in "abc"] == [1, 2, 3]
+    assert len(log) == 4
+
+
 # --- what users say ---------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import stat
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable
@@ -365,3 +366,29 @@ def test_looking_for_a_pin_keeps_nothing_alive(tmp_path: Path) -> None:
         assert look(pins)() is None
     finally:
         gc.enable()
+
+
+def test_a_pin_that_may_not_be_read_is_an_error_and_a_closed_home_is_none() -> None:
+    """Whose pin was made unreadable is told so, and not that there is none; a folder that cannot be entered, as that of
+    somebody else in a container, holds none that anybody could know of."""
+    folder = Path(tempfile.mkdtemp(prefix="ciuic-pins-"))
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        pins = Pins(str(folder / "pins"))
+        path = Path(pins.path("ciuic.dev/chain/x"))
+        path.parent.mkdir()
+        path.write_bytes(b"a pin")
+        path.chmod(0)
+        with pytest.raises(IntegrityError, match="cannot be read") as caught:
+            pins.read("ciuic.dev/chain/x")
+        assert caught.value.kind == "pin_malformed"
+        path.parent.chmod(0)
+        assert pins.read("ciuic.dev/chain/x") is None
+        path.parent.chmod(0o700)
+    finally:
+        if is_root:
+            os.seteuid(0)
+        shutil.rmtree(folder)

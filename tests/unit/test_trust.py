@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ciuic_async import SnapshotChain
 from ciuic_async.errors import UsageError
 from ciuic_async.format import layout, merkle
 from ciuic_async.stores.local import LocalStore
-from ciuic_async.transparency import note
+from ciuic_async.transparency import keys, note
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.note import Signature, parse_vkey
 from ciuic_async.transparency.pins import Pins
@@ -103,7 +104,7 @@ def test_a_key_that_did_not_sign(chain: Path) -> None:
     for options in (
         {"keys": [SigningKey.generate().vkey(origin)]},
         {"keys": [SigningKey.generate().vkey("another/log")]},
-        {"policy": policy_for(chain, logs=[SigningKey.generate().vkey(origin)])},
+        {"policy": policy_for(chain, None, logs=[SigningKey.generate().vkey(origin)])},
     ):
         report = verify(chain, **options)
         assert [problem.kind for problem in report.problems] == ["signer_untrusted"]
@@ -250,14 +251,19 @@ def _entries(store: LocalStore, origin: str, count: int) -> list[bytes]:
 
 
 def test_a_quorum(chain: Path) -> None:
-    """Two of three cosign the head: witnessed 2/3; by one it is not reached, which is said and is no problem."""
+    """Two of three cosign the head: witnessed 2/3. By none or one what the policy asks for does not hold, and the
+    report is not ok: who rewrites history has only to leave the cosignatures away. Nothing is pinned then."""
     policy = policy_for(chain)
-    report = verify(chain, policy=policy)
-    assert report.ok
-    assert (states(report)["witnessed"], report.level) == ("failed", "chunk data")
-    assert any("0/3, quorum not met" in text for text in report.notes)
-    cosign(chain, {0: NOW_S})
-    assert any("1/3, quorum not met" in text for text in verify(chain, policy=policy).notes)
+    pins = Pins(str(chain.parent / "reader"))
+    for count in range(2):
+        report = verify(chain, policy=policy, pins=pins)
+        assert [problem.kind for problem in report.problems] == ["not_witnessed"]
+        assert f"{count}/3, quorum not met" in report.problems[0].message
+        assert (states(report)["witnessed"], report.level) == ("failed", "chunk data")
+        cosign(chain, {count: NOW_S})
+    with SnapshotChain(chain) as opened:
+        assert pins.read(opened.origin) is None
+    write(chain / layout.LOG_HEAD, (chain / layout.LOG_HEAD).read_bytes().rpartition(b"\xe2\x80\x94")[0])
     cosign(chain, {2: NOW_S})
     report = verify(chain, policy=policy)
     assert report.level == "chunk data, witnessed 2/3"
@@ -275,12 +281,83 @@ def test_a_quorum_for_an_older_head(chain: Path) -> None:
     assert (found.state, found.detail) == ("ok", "2/3, at 3 of 4 entries")
 
 
+class Overtaken(LocalStore):
+    """A store in which others go on at the moment when a certain file is read."""
+
+    def __init__(self, path: Path, name: str, meanwhile: Callable[[], None]) -> None:
+        super().__init__(path)
+        self._awaited, self._meanwhile = name, meanwhile
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        if name == self._awaited:
+            self._awaited = ""
+            self._meanwhile()
+        return super().read(name, limit_bytes)
+
+
+def test_a_chain_that_is_witnessed_while_it_is_verified(chain: Path) -> None:
+    """After the audit of the log a writer commits, witnesses sign its head, and a receipt under it appears: all of it
+    is of this log, and no fork."""
+
+    def go_on() -> None:
+        with SnapshotChain(chain) as opened:
+            opened.note("meanwhile")
+            cosign(chain, {0: NOW_S, 1: NOW_S}, to=layout.WITNESSED)
+            snapshot = opened.get("latest").id
+            write(chain / layout.receipt(snapshot), opened.receipt(snapshot))
+
+    with closing(Overtaken(chain, layout.WITNESSED, go_on)) as store:
+        report = verify_store(store, policy=policy_for(chain))
+    assert report.problems == ()
+    assert states(report)["witnessed"] == "ok"
+
+
+@pytest.mark.damages
+def test_a_later_head_that_the_log_does_not_reach_is_a_fork(chain: Path) -> None:
+    """Signed with the chain's own key for more entries than there are, or for others: evidence of a rollback."""
+    key = keys.find(None, chain_folder=None)
+    assert key is not None
+    with SnapshotChain(chain) as opened:
+        origin, size = opened.origin, opened.log_size
+
+    def another() -> None:
+        with SnapshotChain(chain) as opened:
+            opened.note("meanwhile")
+
+    for meanwhile in (lambda: None, another):
+        write(chain / layout.WITNESSED, key.sign(origin, note.head_text(origin, size + 1, b"x" * 32)).encode())
+        with closing(Overtaken(chain, layout.WITNESSED, meanwhile)) as store:
+            assert [problem.kind for problem in verify_store(store).problems] == ["fork"]
+
+
 def test_a_policy_that_asks_for_nobody(chain: Path) -> None:
     """``quorum none``: without cosignatures it is not asked, with one it is reported."""
     policy = policy_for(chain, None)
     assert states(verify(chain, policy=policy))["witnessed"] == "not asked"
     cosign(chain, {1: NOW_S})
     assert verify(chain, policy=policy).level == "chunk data, witnessed 1/3"
+
+
+def test_a_quorum_of_nothing(tmp_path: Path) -> None:
+    """A chain without an entry, as one whose whole log was taken away: not ok for whom the policy asks for witnesses;
+    and of no level is said that all of nothing is good."""
+    SnapshotChain(tmp_path / "empty").close()
+    report = verify(tmp_path / "empty")
+    assert (report.ok, report.level) == (True, "none (integrity only)")
+    assert {states(report)[name] for name in ("tiles", "entries", "manifests", "chunk data")} == {"unknown"}
+    with SnapshotChain(tmp_path / "empty") as opened:
+        opened.note("no snapshot yet")
+    assert verify(tmp_path / "empty").level == "entries (integrity only)"
+    SnapshotChain(tmp_path / "other").close()
+    report = verify(tmp_path / "other", policy=policy_for(tmp_path / "empty"))
+    assert [problem.kind for problem in report.problems] == ["not_witnessed"]
+
+
+def test_endorsed_needs_somebody_to_endorse(chain: Path) -> None:
+    """Without keys, or with a policy of witnesses alone, it would check nothing: a UsageError."""
+    for options in ({}, {"policy": policy_for(chain, logs=[])}):
+        with pytest.raises(UsageError, match="endorse"):
+            verify(chain, endorsed=True, **options)
 
 
 @pytest.mark.damages
@@ -292,7 +369,7 @@ def test_a_cosignature_that_does_not_hold(chain: Path) -> None:
     lines[-1] = Signature(lines[-1].name, lines[-1].key_id, (NOW_S + 1).to_bytes(8, "big") + lines[-1].signature[8:])
     write(chain / layout.LOG_HEAD, note.format_note(parsed.text, tuple(lines)).encode())
     report = verify(chain, policy=policy_for(chain))
-    assert [problem.kind for problem in report.problems] == ["signature_invalid"]
+    assert [problem.kind for problem in report.problems] == ["signature_invalid", "not_witnessed"]
     assert states(report)["witnessed"] == "failed"
 
 
