@@ -96,9 +96,9 @@ MUTATIONS = (
         2,
         "the log head is written before its tiles",
         "ciuic_async/transparency/log.py",
-        "                whole = self._damaged\n                self._publish_tiles(whole)\n",
+        "                whole = self._damaged\n                self._files.publish(",
         "                whole = self._damaged\n                self._publish_head(key)\n"
-        "                self._publish_tiles(whole)\n",
+        "                self._files.publish(",
         "tests/unit/test_persist.py::test_each_kind_of_file_is_published_before_the_next",
     ),
     Mutation(

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from ciuic_async.errors import (
@@ -33,13 +33,14 @@ from ciuic_async.errors import (
 from ciuic_async.format import entry as entries_format
 from ciuic_async.format import layout
 from ciuic_async.format.entry import Entry
-from ciuic_async.stores.base import Store, Unpublished
-from ciuic_async.transparency import note, proof, slots, tiles
+from ciuic_async.stores.base import Store
+from ciuic_async.transparency import note, proof, slots
 from ciuic_async.transparency.keys import SigningKey
 from ciuic_async.transparency.note import Vkey
 from ciuic_async.transparency.ordering import Ordering, StoreOrdering
 from ciuic_async.transparency.slots import LogHead, Slot
-from ciuic_async.transparency.tiles import WIDTH, Tile
+from ciuic_async.transparency.tile_files import TileFiles
+from ciuic_async.transparency.tiles import WIDTH
 from ciuic_async.transparency.view import View
 
 __all__ = ["ATTEMPTS", "Log", "LogHead"]
@@ -76,6 +77,9 @@ class Log:
         self._writer = threading.RLock()
         """Held over an attempt to append, and taken before ``_lock``: appends of this object never race each other."""
         self._view = View.empty(store, origin)
+        self._files = TileFiles(
+            store, self.entry_bytes, lambda level, index: self._read(lambda view: view.tile(level, index))
+        )
         self._published = 0
         """Tiles and bundles up to this size are published: that of the last log head that was verified."""
         self._damaged = False
@@ -278,7 +282,7 @@ class Log:
                 return
             while True:
                 whole = self._damaged
-                self._publish_tiles(whole)
+                self._files.publish(0 if whole else self._published, self._view.head.size, check=whole)
                 if whole == self._damaged:  # else a file was found damaged on the way
                     break
             self._publish_head(key)
@@ -506,87 +510,6 @@ class Log:
             return head == self._view.head
         except (NotFoundError, IntegrityError):
             return False
-
-    def _publish_tiles(self, whole: bool) -> None:
-        """Tiles and bundles since the last good head, or all of them (``whole``)."""
-        size = self._view.head.size
-        new: list[tuple[str, bytes]] = []
-        superseded: list[Tile] = []
-        for tile in tiles.grown(0 if whole else self._published, size):
-            files = list(self._files_of(tile))
-            if whole:
-                for name, data in files:
-                    self._put(name, data)
-            else:
-                new.extend(files)
-            if tile.width == WIDTH:
-                superseded.append(tile)
-        if new:
-            self._put_new(new)
-        for tile in superseded:
-            self._delete_partials(tile)
-        if whole:
-            self._check_partials(size)
-
-    def _files_of(self, tile: Tile) -> Iterator[tuple[str, bytes]]:
-        """Name and bytes of a tile and, at level 0, of its bundle."""
-        if tile.level == 0:
-            first = tile.index * WIDTH
-            entries = [self.entry_bytes(index) for index in range(first, first + tile.width)]
-            yield layout.entry_bundle(tile.index, tile.width), tiles.encode_bundle(entries)
-        hashes = self._read(lambda view: view.tile(tile.level, tile.index))
-        yield tile.name, tiles.encode_tile(hashes[: tile.width])
-
-    def _put_new(self, files: list[tuple[str, bytes]]) -> None:
-        """Publish several files at the cost of one; when a name is taken, one by one."""
-        unpublished: list[Unpublished] = []
-        try:
-            for name, data in files:
-                unpublished.append(self._store.begin(name))
-                unpublished[-1].write(data)
-            self._store.publish(unpublished)
-        except CommitConflictError:
-            for name, data in files:
-                self._put(name, data)
-        finally:
-            for file in unpublished:
-                file.discard()
-
-    def _put(self, name: str, data: bytes) -> None:
-        """Make a derived file hold ``data``. One that holds something else is damaged, and replaced."""
-        try:
-            if self._store.read(name, len(data)) == data:
-                return
-        except NotFoundError:
-            with suppress(CommitConflictError):  # another writer was first, with the same bytes
-                self._store.create(name, data)
-            return
-        except IntegrityError:
-            pass  # longer than it should be, or not a file
-        self._store.overwrite(name, data)
-
-    def _delete_partials(self, tile: Tile) -> None:
-        """Drop the partial files that a full tile supersedes. One that a listing misses does no harm."""
-        for folder in self._partial_folders(tile):
-            for listed in self._store.list(folder):
-                if layout.is_known(listed.name):
-                    self._store.delete(listed.name)
-
-    def _check_partials(self, size: int) -> None:
-        """Replace damaged partial files of earlier sizes, which readers with an old head still look for."""
-        for tile in tiles.edge_tiles(size):
-            if tile is None:
-                continue
-            listed = {item.name for folder in self._partial_folders(tile) for item in self._store.list(folder)}
-            for width in range(1, tile.width):
-                for name, data in self._files_of(Tile(tile.level, tile.index, width)):
-                    if name in listed:
-                        self._put(name, data)
-
-    @staticmethod
-    def _partial_folders(tile: Tile) -> list[str]:
-        folders = [f"{tile.full_name}.p"]
-        return [*folders, f"{layout.entry_bundle(tile.index)}.p"] if tile.level == 0 else folders
 
     def _publish_head(self, key: SigningKey | bytes) -> None:
         """Sign and write the log head, unless another writer wrote one that is as good or ahead."""
