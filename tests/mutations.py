@@ -112,7 +112,7 @@ MUTATIONS = (
     Mutation(
         2,
         "a damaged tile is not made again",
-        "ciuic_async/transparency/log.py",
+        "ciuic_async/transparency/tile_files.py",
         "        self._store.overwrite(name, data)\n",
         "        return\n",
         "tests/unit/test_log.py::test_every_derived_file_may_be_damaged_or_missing",
