@@ -34,6 +34,7 @@ from ciuic_async.snapshot import Snapshot
 from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.resolve import resolve as resolve_store
+from ciuic_async.stores.resolve import takes_options
 from ciuic_async.transparency import keys, note, proof, receipt
 from ciuic_async.transparency import policy as trust_policy
 from ciuic_async.transparency.cosigning import WitnessStatus
@@ -63,7 +64,7 @@ class SnapshotChain:
     """One chain: iterates over its snapshots, oldest first.
 
     Args:
-        url: a path (or ``file://`` URL).
+        url: a path, a ``file://`` URL, or that of an object store: ``s3://bucket/prefix``, ``gs://``, ``az://``.
         create: make the chain if there is none. With False a missing chain is a ``NotFoundError``, and nothing is
             written by any reading method.
         key: the signing key for writing: a path, or the secret itself; default ``CIUIC_KEY``, else the user's own.
@@ -79,6 +80,9 @@ class SnapshotChain:
         mirror: a second place, path or URL, that everything is copied to behind the commits (docs/mirror.md). What is
             damaged here is read from there; a chain that is lost here, or whose newest entries are, is brought home
             from there, unless ``create`` is False.
+        storage_options: how to reach an object store, be it the chain's place or the mirror: ``endpoint``,
+            ``profile``, ``access_key_id``, ... What is not here comes from the environment and profiles. Never part of
+            ``url``, messages or anything stored.
 
     When the log is first read, and before anything is written, it is compared with the user's pin, if there is one: a
     log that was rolled back or rewritten since is an IntegrityError (kind ``pin_rollback``, ``pin_fork``). What is
@@ -98,13 +102,19 @@ class SnapshotChain:
         trust: Mapping[str, object] | None = None,
         previous: Previous | None = None,
         mirror: str | os.PathLike[str] | None = None,
+        storage_options: Mapping[str, str] | None = None,
     ) -> None:
         self._trust = None if trust is None else Trust.parse(trust)
         self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
-        self._local = resolve_store(url)
+        options = None if storage_options is None else dict(storage_options)
+        self._storage_options = options if mirror is None or takes_options(url) else None
+        self._local = resolve_store(url, self._storage_options)
         parse_ordering(self.ordering, self._local, "")  # before a chain is made
-        pair = None if mirror is None else paired(self._local, resolve_store(mirror))
-        self._store: Store = self._local if pair is None else pair
+        pair = None
+        if mirror is not None:
+            to_mirror = options if takes_options(mirror) or self._storage_options is None else None
+            pair = paired(self._local, resolve_store(mirror, to_mirror))
+        self._store: Store = pair or self._local
         self._previous = previous
         self._pins = Pins.of_user()
         self._knows_pin = False
@@ -453,6 +463,11 @@ class SnapshotChain:
     def secret(self) -> str:
         """The signing key as the single line that ``key=`` takes. For another process of this very user's."""
         return self._signing_key().secret()
+
+    @property
+    def storage_options(self) -> dict[str, str] | None:
+        """How the place is reached, secrets included. For another process of this very user's."""
+        return self._storage_options
 
     @property
     def file(self) -> ChainFile:
