@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from ciuic_async.errors import UsageError
 from ciuic_async.stores.base import Store
+from ciuic_async.stores.hdfs import HdfsStore
 from ciuic_async.stores.local import LocalStore
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
@@ -29,8 +30,10 @@ def resolve(url: str | os.PathLike[str]) -> Store:
         return LocalStore(os.path.expanduser(text))
     if match[1].lower() == "file":
         return LocalStore(_file_url_path(text))
+    if match[1].lower() == "hdfs":
+        return HdfsStore(text)
     raise UsageError(
-        f"{match[0]}... is not supported in this version: use a local path; object stores and HDFS are not built yet",
+        f"{match[0]}... is not supported in this version: use a local path or hdfs://; object stores are not built yet",
         kind="unknown_scheme",
     )
 
