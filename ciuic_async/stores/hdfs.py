@@ -40,7 +40,8 @@ from ciuic_async.stores.base import Capabilities, DirectFile, Listed, Unpublishe
 from ciuic_async.stores.hdfs_link import Access, Link
 
 if TYPE_CHECKING:
-    from hdfs_native import Client, FileReader, FileStatus, FileWriter, WriteOptions
+    from hdfs_native import Client, FileReader, FileStatus, WriteOptions
+    from hdfs_native._internal import RawFileWriter
 
 T = TypeVar("T")
 
@@ -210,7 +211,7 @@ class HdfsStore:
         check_name(name)
         path = self._path(layout.temporary())
         try:
-            made = self._ask(lambda client: (client, client.create(path, self._write_options())), name)
+            made = self._ask(lambda client: (client, client.inner.create(path, self._write_options())), name)
         except (FileNotFoundError, FileExistsError) as error:
             raise StoreError(f"{self._where(name)}: {str(error)[:200]}", kind="store", where=name) from error
         return _HdfsFile(self, name, path, *made)
@@ -254,7 +255,7 @@ class HdfsStore:
         path = self._path(layout.temporary())
 
         def look(client: Client) -> float:
-            file = client.create(path, self._write_options())
+            file = client.inner.create(path, self._write_options())
             try:
                 return client.get_file_info(path).modification_time / 1000
             finally:
@@ -415,14 +416,15 @@ class HdfsStore:
 class _HdfsFile:
     """A file in ``tmp/`` that will get its name by a rename."""
 
-    def __init__(self, store: HdfsStore, name: str, path: str, client: Client, writer: FileWriter) -> None:
+    def __init__(self, store: HdfsStore, name: str, path: str, client: Client, writer: RawFileWriter) -> None:
         self.name = name
         self.store = store
         self.path = path
         self.size_bytes = 0
         self.is_open = True
         self._client: Client | None = client  # its connection carries the writer, so it stays as long
-        self._writer: FileWriter | None = writer
+        self._writer: RawFileWriter | None = writer
+        """Without the wrapper, which closes the file, however long that takes, when it is dropped."""
         self._buffer = bytearray()
         self._block_bytes = store._block_bytes
         self._process = os.getpid()

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _LEFT_LIMIT = 8
 _MESSAGE_LIMIT = 300
+_OTHER_ERROR = re.compile(r'\w{1,60}\("(.*)"\)', re.DOTALL)
 _RPC_ERROR = re.compile(r'(?:Fatal)?RPCError\("([\w.$]{1,200})", "(.*)', re.DOTALL)
 
 
@@ -154,7 +155,7 @@ class Link:
                     self._client = self._access.connect()
                 except Exception as error:
                     raise _not_connected(self._place, error) from error
-                _links.add(self)
+                _clients.add(self._client)
             return self._client
 
     def _leave(self, client: Client, threads: list[threading.Thread]) -> None:
@@ -167,20 +168,16 @@ class Link:
     def _where(self, name: str) -> str:
         return f"{self._place}/{name}" if name else self._place
 
-    def keep_for_ever(self) -> None:
-        """In a forked child: never let the client go. Its threads are the parent's, and it would wait for their end."""
-        if self._client is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._client.inner))
 
-
-_links: weakref.WeakSet[Link] = weakref.WeakSet()
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 _used_in: int | None = None
 """The process whose threads the client library has."""
 
 
 def _after_fork_in_child() -> None:
-    for link in list(_links):
-        link.keep_for_ever()
+    """No client is ever let go here: its threads are the parent's, and it would wait for their end."""
+    for client in list(_clients):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(client.inner))
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -227,7 +224,8 @@ def store_error(place: str, name: str, error: BaseException) -> StoreError:
     """What the client library raised, as the error of this package; ``place`` names what it was about."""
     text = str(error)
     found = _RPC_ERROR.match(text)
-    java, said = (found[1], found[2]) if found else ("", text)
+    other = _OTHER_ERROR.fullmatch(text)
+    java, said = (found[1], found[2]) if found else ("", other[1] if other else text)
     kind, help_ = _JAVA_KINDS.get(java.rpartition(".")[2], ("", ""))
     for part, its_kind, its_help in _TEXT_KINDS:
         if not kind and part in text:

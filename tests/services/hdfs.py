@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from ciuic_async.errors import CommitConflictError, NotFoundError, StoreError
+from ciuic_async.stores.hdfs import HdfsStore
 from tests.services.etcd import free_ports
 
 JARS = os.environ.get("CIUIC_HDFS_JARS")
@@ -28,6 +30,7 @@ JARS = os.environ.get("CIUIC_HDFS_JARS")
 WHY_NOT = "needs a NameNode and a DataNode: make test-hdfs"
 START_S = 60.0
 USER = "trainer"
+ROOT = Path(__file__).parents[2]
 
 _SYSTEM_JARS = [
     f"/usr/share/java/{name}.jar"
@@ -89,13 +92,16 @@ class Cluster:
             )
 
     def wait(self) -> None:
-        """Until the NameNode has left safe mode and knows a DataNode to write to."""
+        """Until a file can be written and read: the NameNode has left safe mode, and the DataNode is back with it."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, KeyError, ValueError):
-                state = self.facts("namenode", "Hadoop:service=NameNode,name=FSNamesystemState")
-                if state["FSState"] == "Operational" and state["NumLiveDataNodes"] == 1:
-                    return
+            store = HdfsStore(f"{self.url}/ready", {"timeout_s": "5"})
+            with contextlib.suppress(StoreError, CommitConflictError, NotFoundError):
+                store.create("ready", b"yes")
+            with contextlib.suppress(StoreError, NotFoundError):
+                store.read("ready", 3)
+                store.delete("ready")
+                return
             dead = [which for which, process in self._processes.items() if process.poll() is not None]
             assert not dead, f"{dead[0]} ended: {(self._folder / f'{dead[0]}.log').read_text()[-3000:]}"
             time.sleep(0.1)
@@ -140,6 +146,7 @@ class Cluster:
             (conf / "webapps" / kind / "WEB-INF").mkdir(parents=True)
             (conf / "webapps" / kind / "WEB-INF" / "web.xml").write_text(_WEB)
         (conf / "log4j.properties").write_text(_LOG4J)
+        (conf / "hadoop-metrics2.properties").write_text("*.period=1\n")
         core = {
             "fs.defaultFS": self.url,
             "hadoop.tmp.dir": str(self._folder / "tmp"),
