@@ -20,7 +20,7 @@ from uuid import uuid4
 import pytest
 import torch
 
-from ciuic_async import Checkpointer, CiuicWarning, SnapshotChain
+from ciuic_async import Checkpointer, CiuicWarning, KeepLatest, SnapshotChain
 from ciuic_async.cli.main import main
 from ciuic_async.errors import CommitConflictError, IntegrityError, NotFoundError, StoreError, UsageError
 from ciuic_async.format import layout
@@ -462,7 +462,7 @@ def test_train_restore_rollback_prune(url: str, capsys: pytest.CaptureFixture[st
         assert chain.verify().problems == ()
         chain.rollback("step:2", "to try again")
         assert chain.latest().step == 2
-        chain.prune("latest=1")
+        chain.prune(KeepLatest(1))
         assert chain.verify().problems == ()
     codes = {}
     for command in (["log"], ["verify"], ["show"], ["keys", "show"], ["gc"], ["tag"]):
