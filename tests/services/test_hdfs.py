@@ -392,6 +392,31 @@ def test_the_other_name_node_is_asked(cluster: Cluster) -> None:
 
 
 @needs_servers
+def test_a_user_who_may_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has no permission is told so for each call that writes, and may read what is open to all."""
+    monkeypatch.setenv("HADOOP_USER_NAME", hdfs.USER)
+    with hdfs.cluster(tmp_path / "cluster", {"dfs.permissions.enabled": "true"}) as running:
+        owner = HdfsStore(f"{running.url}/runs")
+        owner.initialize()
+        owner.create(NAME, b"x")
+        monkeypatch.setenv("HADOOP_USER_NAME", "stranger")
+        stranger = HdfsStore(owner.url)
+        calls: list[Callable[[], object]] = [
+            HdfsStore(f"{running.url}/other").initialize,
+            lambda: stranger.begin(layout.slot(0)),
+            lambda: stranger.delete(NAME),
+            stranger.now_s,
+        ]
+        for call in calls:
+            with pytest.raises(StoreError, match="ermission") as caught:
+                call()
+            assert caught.value.kind == "access_denied"
+        assert stranger.read(NAME, 10) == b"x"
+        owner.close()
+        stranger.close()
+
+
+@needs_servers
 def test_servers_that_hang(own_cluster: Cluster) -> None:
     """While they are stopped, calls fail in time and say so, and a few threads wait; afterwards all goes on."""
     store = HdfsStore(f"{own_cluster.url}/runs", {"timeout_s": "0.5"})
