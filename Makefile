@@ -8,6 +8,7 @@
 #   make coverage  the branches that the tests take, package by package: at least 95% or it fails: ten minutes
 #   make test-chain  logs of 70,000 entries under other people's verifiers, killed writers: minutes
 #   make test-etcd  ordering by a real etcd (apt-get install etcd-server) with killed writers and members: minutes
+#   make test-hdfs  chains in HDFS: a real NameNode and DataNode, killed (java, Debian's jersey): minutes, a download once
 #   make soak    2,000 snapshots with random faults: minutes
 #   make fuzz    hostile bytes for every reader, FUZZ_SECONDS (300) each: an hour
 #   make mutations  breaks each promise of ARCHITECTURE.md on purpose and asks its tests: ten minutes
@@ -28,7 +29,7 @@ COVERED := format pipeline segments transparency
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := venv
-.PHONY: venv demo test lint coverage crash test-chain test-etcd soak fuzz mutations sanitize bench clean
+.PHONY: venv demo test lint coverage crash test-chain test-etcd test-hdfs soak fuzz mutations sanitize bench clean
 
 venv: $(STAMP)
 
@@ -69,6 +70,30 @@ crash: venv
 test-etcd: venv
 	@command -v etcd >/dev/null || { echo "there is no etcd here; on Debian: apt-get install etcd-server" >&2; exit 1; }
 	CIUIC_ETCD_ENTRIES=3000 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=1800 tests/services
+
+# Hadoop's jars are part of the source package of pyspark, 220 MB, of which 40 files are kept.
+HDFS_JARS := .cache/hdfs/jars
+HDFS_KEPT := apacheds api-asn1 api-util avro-1 commons-beanutils commons-cli commons-codec commons-collections \
+	commons-configuration commons-digester commons-io commons-lang-2 commons-logging commons-math3 commons-net curator \
+	gson guava hadoop-annotations hadoop-auth hadoop-common hadoop-hdfs htrace httpc jackson-core-asl jackson-mapper-asl \
+	javax.servlet-api jetty jsr305 leveldbjni log4j-1 netty protobuf-java slf4j xercesImpl xmlenc zookeeper
+
+$(HDFS_JARS)/.unpacked: | $(STAMP)
+	mkdir -p $(HDFS_JARS)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary pyspark \
+		--dest .cache/hdfs pyspark==2.4.8
+	tar -xzf .cache/hdfs/pyspark-2.4.8.tar.gz -C $(HDFS_JARS) --strip-components=3 --wildcards \
+		$(HDFS_KEPT:%='*/deps/jars/%*.jar')
+	rm .cache/hdfs/pyspark-2.4.8.tar.gz
+	touch $@
+
+test-hdfs: $(HDFS_JARS)/.unpacked
+	@command -v java >/dev/null && test -e /usr/share/java/jersey1-servlet.jar -a -e /usr/share/java/commons-daemon.jar || \
+		{ echo "java, jersey 1 or commons-daemon is missing; on Debian: apt-get install default-jre-headless" \
+		"libjersey1-servlet-java libcommons-daemon-java" >&2; exit 1; }
+	CIUIC_HDFS_JARS=$(HDFS_JARS) $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=600 -k hdfs \
+		tests/contracts tests/services/test_hdfs.py
 
 test-chain: venv
 	CIUIC_CRASH_LONG=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=1800 tests/chain

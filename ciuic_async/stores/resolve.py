@@ -10,13 +10,14 @@ from urllib.parse import unquote, urlsplit
 from ciuic_async.errors import UsageError
 from ciuic_async.stores import credentials
 from ciuic_async.stores.base import Store
+from ciuic_async.stores.hdfs import HdfsStore
 from ciuic_async.stores.local import LocalStore
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 
 def resolve(url: str | os.PathLike[str], options: Mapping[str, str] | None = None) -> Store:
-    """A path, a ``file://`` URL or that of an object store (``s3``, ``gs``, ``az``) as a store.
+    """A path, a ``file://`` URL, that of an object store (``s3``, ``gs``, ``az``) or of a folder in HDFS as a store.
 
     Nothing is created or contacted yet.
 
@@ -38,22 +39,26 @@ def resolve(url: str | os.PathLike[str], options: Mapping[str, str] | None = Non
         from ciuic_async.stores.object_store import ObjectStore  # who has a local chain needs none of it
 
         return ObjectStore(credentials.parse_url(text), options)
+    if scheme == "hdfs":
+        return HdfsStore(text, options)
     if options:
-        raise UsageError("storage_options are for object stores, and this is a local path", kind="bad_storage_option")
+        raise UsageError(
+            "storage_options are for object stores and HDFS, and this is a local path", kind="bad_storage_option"
+        )
     if not match:
         return LocalStore(os.path.expanduser(text))
     if scheme == "file":
         return LocalStore(_file_url_path(text))
     raise UsageError(
-        f"{match[0]}... is not supported in this version: use a local path, s3://, gs:// or az://",
+        f"{match[0]}... is not supported in this version: use a local path, s3://, gs://, az:// or hdfs://",
         kind="unknown_scheme",
     )
 
 
 def takes_options(url: str | os.PathLike[str]) -> bool:
-    """Whether it is a place that has storage options: an object store."""
+    """Whether it is a place that has storage options: an object store or HDFS."""
     match = _SCHEME.match(str(url))
-    return match is not None and match[1].lower() in credentials.SCHEMES
+    return match is not None and match[1].lower() in (*credentials.SCHEMES, "hdfs")
 
 
 def _file_url_path(url: str) -> str:
