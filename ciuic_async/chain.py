@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from ciuic_async.arguments import check_tag, check_text
+from ciuic_async.config.settings import configured
 from ciuic_async.errors import CiuicError, CommitConflictError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.events import Listener, logger
 from ciuic_async.format import layout
@@ -43,8 +44,6 @@ from ciuic_async.verify import VerifyReport, verify_store
 
 __all__ = ["Snapshot", "SnapshotChain"]
 
-ORDERING_ENVIRONMENT = "CIUIC_ORDERING"
-
 
 @dataclass(frozen=True, slots=True)
 class Previous:
@@ -76,9 +75,13 @@ class SnapshotChain:
     log that was rolled back or rewritten since is an IntegrityError (kind ``pin_rollback``, ``pin_fork``). What is
     written is pinned.
 
+    What is not given here comes from the environment (docs/configuration.md); ``CIUIC_CONFIG`` and files count only for
+    ``Checkpointer`` and the command line.
+
     Usable from several threads. Close it, or use it as a context manager, to give back its descriptors.
     """
 
+    @configured("SnapshotChain")
     def __init__(
         self,
         url: str | os.PathLike[str],
@@ -91,7 +94,7 @@ class SnapshotChain:
         previous: Previous | None = None,
     ) -> None:
         self._trust = None if trust is None else Trust.parse(trust)
-        self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
+        self.ordering = ordering or "local"
         self._store = resolve_store(url)
         self._previous = previous
         self._pins = Pins.of_user()

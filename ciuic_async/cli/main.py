@@ -30,6 +30,7 @@ from ciuic_async.cli import (
     tag,
     verify,
 )
+from ciuic_async.config.settings import reading_files
 from ciuic_async.errors import CiuicError, FormatVersionError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.version import __version__
 
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        code: int = args.run(args)
+        with reading_files():
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except CiuicError as error:
