@@ -326,7 +326,8 @@ def test_every_variable_that_the_package_names_is_in_the_table() -> None:
 
 def test_the_tests_own_switches_are_near_to_no_option() -> None:
     """What the tests and the Makefile read gives no warning."""
-    texts = [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    misspelt = ("test_config.py", "test_doctor.py")  # on purpose
+    texts = [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path.name not in misspelt]
     texts.append((ROOT / "Makefile").read_text())
     names = set(re.findall(r"CIUIC_[A-Z][A-Z_]*[A-Z]", " ".join(texts)))
     assert names
