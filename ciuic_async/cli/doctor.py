@@ -6,7 +6,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -176,9 +175,9 @@ def _try(url: str, store: Store, findings: list[Finding], size_bytes: int) -> No
 
 @contextmanager
 def _trial_store(url: str, store: Store) -> Iterator[Store]:
-    """A store below the place, for the trial alone. A local one goes away as a whole."""
+    """A store below the place, where its readers do not look, for the trial alone. A local one goes away as a whole."""
     if not isinstance(store, LocalStore):
-        with closing(resolve(f"{url.rstrip('/')}/{layout.TEMPORARY}/doctor-{secrets.token_hex(8)}")) as own:
+        with closing(resolve(f"{url.rstrip('/')}/{layout.temporary()}")) as own:
             own.initialize()
             yield own
         return
