@@ -15,8 +15,9 @@ from contextlib import closing, contextmanager, suppress
 
 from ciuic_async.cli.doctor_finding import Finding
 from ciuic_async.cli.output import human_bytes
-from ciuic_async.errors import CiuicError, CommitConflictError, NotFoundError
+from ciuic_async.errors import CiuicError, CommitConflictError, IntegrityError, NotFoundError
 from ciuic_async.format import layout
+from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
 from ciuic_async.stores.base import DirectReads, Store
 
 PIECE_BYTES = 1 << 20
@@ -227,19 +228,20 @@ class Trial:
 
 def look(store: Store) -> Iterator[Finding]:
     """Reading alone: is there somebody, and a chain? Writes nothing."""
-    try:
-        size = store.size(layout.CHAIN_FILE)
+    try:  # read, and not asked for its size: only a read tells a missing bucket from a missing name
+        store.read(layout.CHAIN_FILE, CHAIN_FILE_LIMIT_BYTES)
+        chain: Finding | None = None
+    except NotFoundError:
+        chain = Finding("chain", None, "none here yet")
+    except IntegrityError as error:
+        chain = Finding("chain", False, str(error))
     except CiuicError as error:
         yield Finding("reachable", False, str(error))
         return
     yield Finding("reachable", True, store.url)
-    if size is None:
-        yield Finding("chain", None, "none here yet")
-        return
     try:
-        store.read(layout.CHAIN_FILE, 1 << 20)
         next(store.list(layout.SLOTS), None)
-        yield Finding("chain", True, "there is one, and it can be read and listed")
+        yield chain or Finding("chain", True, "there is one, and it can be read and listed")
     except CiuicError as error:
         yield Finding("chain", False, str(error))
 
@@ -251,7 +253,7 @@ def leftovers(url: str) -> Finding | None:
     return Finding(
         "leftovers",
         None,
-        "what a killed process leaves of an upload is invisible and costs: give the bucket the lifecycle rule "
+        "incomplete uploads, which killed processes leave, are invisible and cost: give the bucket the lifecycle rule "
         "AbortIncompleteMultipartUpload after 1 day",
     )
 

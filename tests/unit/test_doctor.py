@@ -294,10 +294,10 @@ def test_an_unreachable_place_is_one_finding(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is tried where nobody answers."""
-    monkeypatch.setattr(doctor, "resolve", lambda url: Failing("size"))
+    monkeypatch.setattr(doctor, "resolve", lambda url: Failing("read"))
     code, data = _run(capsys, "s3://bucket/runs/a")
     assert code == 1
-    assert _texts(data)["reachable"] == (False, "size: not today")
+    assert _texts(data)["reachable"] == (False, "read: not today")
     assert "create once" not in _texts(data)
     assert _by_name(list(look(MemoryStore()))) == {"reachable": True, "chain": None}
 
