@@ -178,14 +178,12 @@ def _trial_store(url: str, store: Store) -> Iterator[Store]:
     """A store below the place, where its readers do not look, for the trial alone. A local one goes away as a whole."""
     if not isinstance(store, LocalStore):
         with closing(resolve(f"{url.rstrip('/')}/{layout.temporary()}")) as own:
-            own.initialize()
             yield own
         return
     parent = doctor_disk.trial_folder(store)
     folder = tempfile.mkdtemp(prefix=".ciuic-doctor-", dir=parent)
     try:
         with closing(LocalStore(folder)) as own:
-            own.initialize()
             yield own
     finally:
         shutil.rmtree(folder, ignore_errors=True)

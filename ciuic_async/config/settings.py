@@ -177,6 +177,12 @@ def missing(reader: str, given: Mapping[str, object], *, announce: bool = False)
     return result | ({"trust": trust} if trust else {})
 
 
+def bare_environment() -> dict[str, str]:
+    """This process's environment for one that goes by no configuration but a signing key."""
+    options = {option.environment for option in OPTIONS if option.name != "key"}
+    return {name: value for name, value in os.environ.items() if name not in options} | {CONFIG: ""}
+
+
 def warn_of_strangers(settings: Settings) -> None:
     """One warning, once in a process, for each variable that looks like a misspelt option."""
     for name, near in settings.strangers:
@@ -320,6 +326,3 @@ def _where_instead(option: Option) -> str:
         if option.name == "ordering"
         else ("stores take their credentials from the environment, their own profile files or an instance role")
     )
-
-
-__all__ = ["CONFIG", "Setting", "Settings", "configured", "load", "missing", "reading_files", "warn_of_strangers"]

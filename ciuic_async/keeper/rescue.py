@@ -79,7 +79,7 @@ def rescue(charge: Charge, slot: HeldSlot | None, tried: list[str] | None = None
         return Outcome(slot, None, header.step, str(error))
     try:
         with SnapshotChain(
-            charge.url, create=False, key=charge.secret, run=charge.run, ordering=charge.ordering, trust=None
+            charge.url, create=False, key=charge.secret, run=charge.run, ordering=charge.ordering
         ) as chain:
             _check_history(chain, charge, handover)
             wanted = {handover.request.snapshot, *tried}

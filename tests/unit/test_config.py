@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ciuic_async
 from ciuic_async import Checkpointer, CiuicWarning, KeepLatest, SnapshotChain, UsageError, parse_policy
@@ -402,7 +404,11 @@ def test_the_key_in_the_environment_counts_for_more_than_the_file(monkeypatch: p
     ("reader", "call", "others"),
     [
         ("Checkpointer", Checkpointer.__init__, {"self", "chain", "state", "config", "listener", "key"}),
-        ("SnapshotChain", SnapshotChain.__init__, {"self", "url", "create", "run", "trust", "previous"}),
+        (
+            "SnapshotChain",
+            SnapshotChain.__init__,
+            {"self", "url", "create", "run", "trust", "previous", "storage_options"},
+        ),
         ("save", ciuic_async.save, {"state", "url", "tags", "metrics", "key"}),
     ],
 )
@@ -411,9 +417,70 @@ def test_the_table_is_the_signatures(reader: str, call: object, others: set[str]
     parameters = inspect.signature(call).parameters  # type: ignore[arg-type]
     options = {o.name: o.default for o in table.OPTIONS if reader in o.readers and "." not in o.name}
     assert {name: p.default for name, p in parameters.items() if name not in others} == options
-    assert others <= set(parameters)
 
 
 def test_the_document_has_the_table() -> None:
     """docs/configuration.md holds the tables as the code makes them."""
     assert table.markdown() in (ROOT / "docs" / "configuration.md").read_text()
+
+
+# --- processes that are started from here -----------------------------------------------------------------------------
+
+
+def test_processes_of_our_own_go_by_no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the keeper and the demonstration get: no option and no file, but the key and everybody else's variables."""
+    monkeypatch.setenv("CIUIC_ORDERING", "nonsense")
+    monkeypatch.setenv("CIUIC_KEY", "a.key")
+    monkeypatch.setenv("CIUIC_ETCD_PASSWORD", "p")
+    _here("nonsense")
+    environment = settings.bare_environment()
+    assert "CIUIC_ORDERING" not in environment
+    assert (environment["CIUIC_KEY"], environment["CIUIC_ETCD_PASSWORD"]) == ("a.key", "p")
+    assert environment["PATH"] == os.environ["PATH"]
+    load(environment, with_files=True).check()
+
+
+def test_the_keeper_starts_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options that training overrides by arguments cannot stop its keeper."""
+    monkeypatch.setenv("CIUIC_ORDERING", "nonsense")
+    monkeypatch.setenv("CIUIC_KEEPER", "true")
+    with SnapshotChain("chain", ordering="local") as chain, Checkpointer(chain, {"a": torch.zeros(9)}) as ckpt:
+        ckpt.save().wait_durable(60)
+        assert ckpt.chain.verify().ok
+
+
+def test_every_problem_has_a_kind_and_a_place() -> None:
+    """Scripts tell problems apart by ``kind``, and find them by ``where``."""
+    _here('every_step = 1\nrng = 3\ntoken = "x"')
+    found = {(error.kind, error.where) for _, error in _load().problems}
+    assert found == {
+        ("config_unknown_key", "ciuic.toml:1"),
+        ("config_value", "ciuic.toml:2"),
+        ("secret_in_config", "ciuic.toml:3"),
+    }
+
+
+_LINE = st.sampled_from(
+    ["[trust]", "[keep]", "every_steps = 1", "key = 'a'", "keep = '''", "'''", "x = [", "]", 'policy = "p"', "rng=true"]
+)
+
+
+@given(data=st.one_of(st.binary(max_size=200), st.lists(_LINE, max_size=8).map("\n".join).map(str.encode)))
+def test_whatever_a_file_holds_is_settings_or_typed_problems(
+    data: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No bytes make loading raise anything; values that count have passed their checks."""
+    for ending in ("toml", "json"):
+        path = tmp_path_factory.mktemp("c") / f"own.{ending}"
+        path.write_bytes(data)
+        loaded = load({"CIUIC_CONFIG": str(path)}, with_files=True)
+        assert set(loaded.by_name) == set(table.BY_NAME)
+        assert all(isinstance(error, UsageError) and error.kind for _, error in loaded.problems)
+
+
+@given(text=st.text(max_size=60), option=st.sampled_from(table.OPTIONS))
+def test_whatever_a_variable_holds_is_a_value_or_a_typed_problem(text: str, option: table.Option) -> None:
+    """No text makes an option raise anything else, or be taken without its check."""
+    loaded = load({option.environment: text}, with_files=False)
+    concerned = [error for own, error in loaded.problems if own is option]
+    assert loaded.by_name[option.name].source == ("environment" if text.strip() else "default") or concerned
