@@ -265,7 +265,7 @@ class BackgroundWriter:
         self._looked_for_room = True
         try:
             problem = too_small(
-                self._chain.store, self._keep, raw_bytes, lambda: sum(own.stored_bytes for own in self._chain)
+                self._chain.folder, self._keep, raw_bytes, lambda: sum(own.stored_bytes for own in self._chain)
             )
             if problem is not None:
                 logger.warning("%s", problem)

@@ -494,6 +494,11 @@ class SnapshotChain:
         )
 
     @property
+    def folder(self) -> str | None:
+        """Where a local chain lies; None for other places. For the engine."""
+        return self._folder
+
+    @property
     def _folder(self) -> str | None:
         return self._store.url if isinstance(self._store, LocalStore) else None
 

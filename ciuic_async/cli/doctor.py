@@ -139,7 +139,10 @@ def _place(
         if state_bytes is not None:
             interval = configured.by_name["every_seconds"].value
             forecast = doctor_forecast.of_size(
-                store, _keep(configured), state_bytes, interval if isinstance(interval, float) else None
+                store.url if isinstance(store, LocalStore) else None,
+                _keep(configured),
+                state_bytes,
+                interval if isinstance(interval, float) else None,
             )
         elif any(finding.name == "chain" and finding.ok for finding in looked):
             with findings_of("forecast", findings):
@@ -166,7 +169,7 @@ def _try(url: str, store: Store, findings: list[Finding], size_bytes: int) -> No
                 )
             )
             return
-    space = room(store)
+    space = room(store.url) if isinstance(store, LocalStore) else None
     if space is not None and space.free_bytes < 4 * size_bytes:
         size_bytes = space.free_bytes // 4 // PIECE_BYTES * PIECE_BYTES  # a trial must not fill a disk
     with findings_of("write", findings), _trial_store(url, store) as own:

@@ -23,7 +23,7 @@ def findings(store: LocalStore) -> list[Finding]:
     """The file system and its room."""
     place = existing(Path(store.url))
     result = [Finding("file system", None, _describe(_kind(place)))]
-    space = room(store)
+    space = room(store.url)
     if space is None:
         return [*result, Finding("free space", None, "the system does not say")]
     enough = space.free_bytes >= LITTLE_BYTES

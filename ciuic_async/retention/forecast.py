@@ -16,7 +16,6 @@ from ciuic_async.retention.policy import (
     Policy,
     rules_of,
 )
-from ciuic_async.stores.base import Store
 from ciuic_async.stores.space import room
 
 _FITTING = 2
@@ -62,14 +61,15 @@ def demand(policy: Policy | None, interval_s: float | None = None) -> Demand | N
     return Demand(snapshots + (not keeps_latest), more_bytes)  # the latest stays, whatever the rules say
 
 
-def too_small(store: Store, policy: Policy | None, snapshot_bytes: int, stored: Callable[[], int]) -> str | None:
+def too_small(folder: str | None, policy: Policy | None, snapshot_bytes: int, stored: Callable[[], int]) -> str | None:
     """Before the first snapshot of a run: a warning where the disk cannot hold what the policy asks for; else None.
 
     Args:
+        folder: of the chain; None: it is not on a local disk.
         snapshot_bytes: of the state, uncompressed.
         stored: bytes that the chain's snapshots take already; only called where it matters.
     """
-    space = room(store)
+    space = room(folder)
     if space is None or snapshot_bytes <= 0:
         return None
     free, size = _human(space.free_bytes), _human(snapshot_bytes)
@@ -79,7 +79,7 @@ def too_small(store: Store, policy: Policy | None, snapshot_bytes: int, stored: 
             return None
         rule = "nothing is pruned (keep=None)" if policy is None else f"keep={policy.describe()!r} has no bound"
         return (
-            f"{store.url}: {free} are free, and a snapshot takes up to {size}: at least "
+            f"{folder}: {free} are free, and a snapshot takes up to {size}: at least "
             f"{space.free_bytes // snapshot_bytes} of them fit, and {rule}. What they share is stored once, so it may "
             "be more; give keep=, or use a larger disk"
         )
@@ -91,7 +91,7 @@ def too_small(store: Store, policy: Policy | None, snapshot_bytes: int, stored: 
         return None
     held = f" beside {_human(held_bytes)} in this chain" if held_bytes else ""
     return (
-        f"{store.url}: keep={policy.describe()!r} asks for up to {_human(asked_bytes)}: at most "
+        f"{folder}: keep={policy.describe()!r} asks for up to {_human(asked_bytes)}: at most "
         f"{asked.snapshots} snapshots of up to {size}, the one being written included; {free} are free{held}. What "
         "snapshots share is stored once, and most is compressed, so it may fit; else keep fewer, or use a larger disk"
     )

@@ -6,9 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ciuic_async.stores.base import Store
-from ciuic_async.stores.local import LocalStore
-
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -19,15 +16,15 @@ class Room:
     free_files: int | None
 
 
-def room(store: Store) -> Room | None:
-    """The room that a local store's file system has, quotas of the folder included where it counts them so.
+def room(folder: str | None) -> Room | None:
+    """The room that a folder's file system has, its quota included where the file system counts it so.
 
-    None for other places, and where the system does not say. One call of the system; it may hang where the disk does.
+    None for places that are no folder (None), and where the system does not say. May hang where the disk does.
     """
-    if not isinstance(store, LocalStore):
+    if folder is None:
         return None
     try:
-        status = os.statvfs(existing(Path(store.url)))
+        status = os.statvfs(existing(Path(folder)))
     except OSError:
         return None
     files = status.f_favail if status.f_files else None
