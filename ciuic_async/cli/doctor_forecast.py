@@ -18,7 +18,6 @@ from ciuic_async.cli.output import human_bytes
 from ciuic_async.retention import words
 from ciuic_async.retention.forecast import demand
 from ciuic_async.retention.policy import Policy
-from ciuic_async.stores.base import Store
 from ciuic_async.stores.space import room
 
 NEWEST = 20
@@ -56,7 +55,7 @@ def of_chain(url: str, keep: Policy | None) -> Forecast | None:
             return None
         newest = snapshots[-NEWEST:]
         return _forecast(
-            chain.store,
+            chain.folder,
             keep,
             len(snapshots),
             raw_bytes=newest[-1].raw_bytes,
@@ -66,9 +65,11 @@ def of_chain(url: str, keep: Policy | None) -> Forecast | None:
         )
 
 
-def of_size(store: Store, keep: Policy | None, size_bytes: int, interval_s: float | None) -> Forecast:
+def of_size(folder: str | None, keep: Policy | None, size_bytes: int, interval_s: float | None) -> Forecast:
     """Before there is anything: from the size of the state, as if nothing were shared or compressed."""
-    return _forecast(store, keep, 0, raw_bytes=size_bytes, stored_bytes=size_bytes, interval_s=interval_s, held_bytes=0)
+    return _forecast(
+        folder, keep, 0, raw_bytes=size_bytes, stored_bytes=size_bytes, interval_s=interval_s, held_bytes=0
+    )
 
 
 def findings(forecast: Forecast) -> list[Finding]:
@@ -116,7 +117,7 @@ def _verdict(forecast: Forecast) -> Finding:
 
 
 def _forecast(
-    store: Store,
+    folder: str | None,
     keep: Policy | None,
     count: int,
     *,
@@ -125,7 +126,7 @@ def _forecast(
     interval_s: float | None,
     held_bytes: int,
 ) -> Forecast:
-    space = room(store)
+    space = room(folder)
     free = None if space is None else space.free_bytes
     asked = demand(keep, interval_s)
     per_day = None if interval_s is None else stored_bytes * DAY_S / interval_s
