@@ -27,6 +27,7 @@ from ciuic_async.pipeline.handover import Lineage
 from ciuic_async.pipeline.history import Line
 from ciuic_async.pipeline.persist import Persisted, Persister, SaveRequest
 from ciuic_async.pipeline.workers import OrderedWorkers
+from ciuic_async.retention.forecast import too_small
 from ciuic_async.retention.policy import Policy
 from ciuic_async.staging.slots import SlotPool
 
@@ -86,6 +87,7 @@ class BackgroundWriter:
         self._stats: deque[SnapshotStats] = deque(maxlen=STATS_KEPT)
         self._mutex = threading.Lock()
         self._swept = False
+        self._looked_for_room = False
         self._tidy_problem: str | None = None
         self._last_tidy_problem = ""
         self._ends_itself = False
@@ -245,6 +247,7 @@ class BackgroundWriter:
             afterwards()
 
     def _write(self, job: Job) -> None:
+        self._look_for_room(job.stats.raw_bytes)
         try:
             persisted = self._persister.persist(
                 replace(job.request, parent=self.parent, deadline_s=job.deadline_s),
@@ -268,6 +271,20 @@ class BackgroundWriter:
         self._durable(job, persisted, time.perf_counter() - job.staged_s)
         self._tidy()
         self._chain.pin()  # last: nobody waits for it
+
+    def _look_for_room(self, raw_bytes: int) -> None:
+        """Once, before the first snapshot is written: say so if the disk cannot hold what retention asks for."""
+        if self._looked_for_room:
+            return
+        self._looked_for_room = True
+        try:
+            problem = too_small(
+                self._chain.folder, self._keep, raw_bytes, lambda: sum(own.stored_bytes for own in self._chain)
+            )
+            if problem is not None:
+                logger.warning("%s", problem)
+        except Exception as error:
+            logger.debug("%s: no forecast: %s", self._chain.url, error)
 
     def _durable(self, job: Job, persisted: Persisted, seconds: float) -> None:
         entry = persisted.entry

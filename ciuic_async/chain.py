@@ -13,6 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from ciuic_async.arguments import check_tag, check_text
+from ciuic_async.config.settings import configured
 from ciuic_async.errors import CiuicError, CommitConflictError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.events import Listener, logger
 from ciuic_async.format import layout
@@ -48,8 +49,6 @@ from ciuic_async.transparency.witnessing import Trust, Witnessing
 from ciuic_async.verify import VerifyReport, verify_store
 
 __all__ = ["Snapshot", "SnapshotChain"]
-
-ORDERING_ENVIRONMENT = "CIUIC_ORDERING"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +87,13 @@ class SnapshotChain:
     log that was rolled back or rewritten since is an IntegrityError (kind ``pin_rollback``, ``pin_fork``). What is
     written is pinned.
 
+    What is not given here comes from the environment (docs/configuration.md); ``CIUIC_CONFIG`` and files count only for
+    ``Checkpointer`` and the command line.
+
     Usable from several threads. Close it, or use it as a context manager, to give back its descriptors.
     """
 
+    @configured("SnapshotChain")
     def __init__(
         self,
         url: str | os.PathLike[str],
@@ -105,7 +108,7 @@ class SnapshotChain:
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         self._trust = None if trust is None else Trust.parse(trust)
-        self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
+        self.ordering = ordering or "local"
         options = None if storage_options is None else dict(storage_options)
         self._storage_options = options if mirror is None or takes_options(url) else None
         self._local = resolve_store(url, self._storage_options)
@@ -549,6 +552,11 @@ class SnapshotChain:
         return NotFoundError(
             f"{self._store.url}: no log head holds {ref} yet; the next writer makes one", kind="no_head", where=ref
         )
+
+    @property
+    def folder(self) -> str | None:
+        """Where a local chain lies; None for other places. For the engine."""
+        return self._folder
 
     @property
     def _folder(self) -> str | None:

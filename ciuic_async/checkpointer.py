@@ -35,6 +35,7 @@ from ciuic_async.capture import training
 from ciuic_async.capture.state_tree import encode_plain
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.codecs.choose import encoder_for
+from ciuic_async.config.settings import configured
 from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, SaveFailedError, UsageError
 from ciuic_async.events import Listener, SnapshotStats, logger
 from ciuic_async.keeper.client import Keeper, check_available
@@ -88,11 +89,15 @@ class Checkpointer:
         config: plain values that training was started with (at most 64 KiB), as they are now: recorded with every
             snapshot, bit-exact; ``Snapshot.config`` has them.
 
+    What is not given here comes from the environment (``CIUIC_EVERY_STEPS``, ...), then from ``ciuic.toml`` in the
+    working directory, then from the user's own: docs/configuration.md.
+
     Raises:
-        UsageError: an argument is wrong, or belongs to a part that is not built yet.
+        UsageError: an argument, a variable or a file is wrong.
         StoreError: the place cannot be written to.
     """
 
+    @configured("Checkpointer", trains=True)
     def __init__(
         self,
         chain: str | os.PathLike[str] | SnapshotChain,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ciuic_async.arguments import check_metrics, check_tags
 from ciuic_async.chain import Snapshot, SnapshotChain
+from ciuic_async.config.settings import configured
 from ciuic_async.errors import UsageError
 from ciuic_async.events import Listener
 from ciuic_async.format import layout
@@ -24,6 +25,7 @@ WINDOW_BYTES = 64 << 20
 """Host memory that ``save`` takes beside the state itself."""
 
 
+@configured("save")
 def save(
     state: Any,
     url: str | os.PathLike[str] | SnapshotChain,

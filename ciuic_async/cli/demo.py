@@ -28,6 +28,7 @@ from typing import Any
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.cli import log
 from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json
+from ciuic_async.config.settings import bare_environment
 from ciuic_async.errors import InternalError, UsageError
 
 SILENCE_LIMIT_S = 300.0
@@ -103,7 +104,9 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str]) -> None:
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, bufsize=0)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, bufsize=0, env=bare_environment()
+        )
         assert self._process.stdout is not None
         self._output = self._process.stdout
         self._selector = selectors.DefaultSelector()
@@ -269,7 +272,9 @@ def describe(life: Life) -> str:
 
 def measure(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run ``demo_table`` in a child; its result."""
-    done = subprocess.run(command("demo_table", str(folder), *arguments), stdout=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        command("demo_table", str(folder), *arguments), stdout=subprocess.PIPE, check=False, env=bare_environment()
+    )
     if done.returncode != 0:
         raise InternalError(f"the measurement ended with status {done.returncode}", kind="demo_child")
     return dict(json.loads(done.stdout))

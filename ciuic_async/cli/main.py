@@ -32,6 +32,7 @@ from ciuic_async.cli import (
     verify,
 )
 from ciuic_async.cli.output import message
+from ciuic_async.config.settings import reading_files
 from ciuic_async.errors import CiuicError, FormatVersionError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.version import __version__
 
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         handler.setFormatter(_Printable())
     warnings.showwarning = lambda warned, *_, **__: print(f"warning: {message(warned)}", file=sys.stderr)
     try:
-        code: int = args.run(args)
+        with reading_files():
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except CiuicError as error:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from ciuic_async.config.settings import bare_environment
 from ciuic_async.errors import UsageError
 from ciuic_async.events import logger
 from ciuic_async.keeper import wire
@@ -169,6 +170,7 @@ class Keeper:
                     pass_fds=numbers[1:],
                     start_new_session=True,  # a terminal's Ctrl-C, or a launcher's kill of the group, is not for it
                     cwd="/",
+                    env=bare_environment(),  # it is told what counts: a variable must not make it fail
                 )
         charge = self._charge
         self._send(

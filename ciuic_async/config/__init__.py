@@ -1,0 +1,1 @@
+"""Options that are not in the code: from the environment, and from files."""
