@@ -58,7 +58,7 @@ class SnapshotChain:
     """One chain: iterates over its snapshots, oldest first.
 
     Args:
-        url: a path (or ``file://`` URL).
+        url: a path, a ``file://`` URL, or that of an object store: ``s3://bucket/prefix``, ``gs://``, ``az://``.
         create: make the chain if there is none. With False a missing chain is a ``NotFoundError``, and nothing is
             written by any reading method.
         key: the signing key for writing: a path, or the secret itself; default ``CIUIC_KEY``, else the user's own.
@@ -71,6 +71,8 @@ class SnapshotChain:
             snapshot counts as durable when a quorum has. ``verify`` goes by the same policy. Where it names keys of
             this chain, others may not write, unless ``"writers": "any"`` is there too.
         previous: for a new chain that goes on where another ended.
+        storage_options: how to reach an object store: ``endpoint``, ``profile``, ``access_key_id``, ... What is not
+            here comes from the environment and profiles. Never part of ``url``, messages or anything stored.
 
     When the log is first read, and before anything is written, it is compared with the user's pin, if there is one: a
     log that was rolled back or rewritten since is an IntegrityError (kind ``pin_rollback``, ``pin_fork``). What is
@@ -89,10 +91,11 @@ class SnapshotChain:
         ordering: str | None = None,
         trust: Mapping[str, object] | None = None,
         previous: Previous | None = None,
+        storage_options: Mapping[str, str] | None = None,
     ) -> None:
         self._trust = None if trust is None else Trust.parse(trust)
         self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
-        self._store = resolve_store(url)
+        self._store = resolve_store(url, storage_options)
         self._previous = previous
         self._pins = Pins.of_user()
         self._knows_pin = False

@@ -106,7 +106,9 @@ class DirectReads(Protocol):
 class Store(Protocol):
     """Named byte strings at one place."""
 
-    capabilities: Capabilities
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the place can do. A remote one is tried, by writing, when first asked: only writers ask. StoreError."""
 
     @property
     def url(self) -> str:

@@ -34,8 +34,12 @@ _logger = logging.getLogger("ciuic_async")
 class Ordering(Protocol):
     """Decides who has a slot. Any thread may call."""
 
-    orders_writers: bool
-    """Whether ``claim`` fails for the second of two racing writers; without this a chain has one writer."""
+    @property
+    def orders_writers(self) -> bool:
+        """Whether ``claim`` fails for the second of two racing writers; without this a chain has one writer.
+
+        Asked by writers only: a store may have to try it.
+        """
 
     def read(self, name: str) -> bytes | None:
         """What the slot holds, unverified; None where nobody is known to have it. Writes nothing."""
@@ -68,7 +72,10 @@ class StoreOrdering:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.orders_writers = store.capabilities.orders_writers
+
+    @property
+    def orders_writers(self) -> bool:
+        return self._store.capabilities.orders_writers
 
     def read(self, name: str) -> bytes | None:
         try:

