@@ -133,8 +133,8 @@ class Exchange:
     def _answer_of(self, response: http.client.HTTPResponse, server: http.client.HTTPConnection) -> Answer:
         headers = [(key, value) for key, value in response.getheaders() if key.lower() not in _HOP_BY_HOP]
         if response.getheader("Content-Length") is None:  # chunked: short lists and errors
-            with server, response:
-                whole = response.read()
+            whole = response.read()
+            server.close()
             return Answer(response.status, [*headers, ("Content-Length", str(len(whole)))], iter([whole]))
 
         def pieces() -> Iterator[bytes]:
@@ -429,7 +429,7 @@ class Proxy:
             rule = next((rule for rule in self._rules if rule.takes(exchange)), None)
         try:
             exchange.pass_on() if rule is None else rule.fault(exchange)
-        except OSError:  # client or server went away: neither is told more than that
+        except (OSError, http.client.HTTPException):  # client or server went away: neither is told more than that
             exchange.cut()
 
     def connected(self, connection: socket.socket) -> None:
