@@ -138,12 +138,16 @@ def settings(place: Place, options: Mapping[str, str] | None) -> Settings:
     for name in _CLIENT_TEXTS:
         if name in given:
             client[name] = given.pop(name)
-    given.pop("bucket", None)
+    if "bucket" in given or "container_name" in given:
+        raise UsageError("storage_options: the bucket is what the URL names", kind="bad_storage_option")
     if "endpoint_url" in given:
         given["endpoint"] = given.pop("endpoint_url")
     if place.scheme == "s3":
         given = _s3(given)
     endpoint = given.get("endpoint", "")
+    if place.scheme == "s3" and endpoint:
+        # Under the name that wins over all others: the client reads the environment by itself, too.
+        given["aws_endpoint_url_s3"] = given.pop("endpoint")
     if "allow_http" not in client and os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
         client["allow_http"] = True
     _check_endpoint(endpoint, client)

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import builtins
 import os
-import random
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,16 +36,17 @@ from ciuic_async.format.digest import Buffer
 from ciuic_async.stores import credentials, remote_errors
 from ciuic_async.stores.base import Capabilities, Listed, Unpublished, check_name
 from ciuic_async.stores.multipart import PART_BYTES, PARTS_AT_ONCE, Upload
+from ciuic_async.stores.retry import LONGEST_PAUSE_S, TRANSIENT, Patience, create_once
 
 T = TypeVar("T")
 
 _READ_STEP_BYTES = 1 << 20
 _PUBLISH_THREADS = 8
 _LOCK_WAIT_S = 10.0
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 5.0
 _CLOSE_WAIT_S = 5.0
 _TRIES = 10
+_CLIENTS_SHARE = 0.5
+"""Of the time for trying again: the client's own tries of one request, which alone can repeat a part of an upload."""
 
 
 class _Process:
@@ -203,60 +202,25 @@ class ObjectStore:
         if not self.capabilities.orders_writers:
             if self.size(name) is not None:
                 raise self._exists(name)
-            self._put(name, bytes(data), "overwrite")
+            self.overwrite(name, data)
             return
-        self._create(name, bytes(data))
+        self._create(name, bytes(data))  # the same in every try, whatever the caller does with its buffer
 
-    def _create(self, name: str, data: bytes) -> None:
-        """Create once: after anything but success the store itself is asked who won."""
-        deadline = time.monotonic() + self._settings.retry_timeout_s
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            try:
-                self._put(name, data, "create")
-                return
-            except CommitConflictError as error:
-                failure: CiuicError = error
-            except StoreError as error:
-                if error.kind not in remote_errors.TRANSIENT:
-                    raise
-                failure = error
-            holds = self._holds(name, data, failure)
-            if holds:
-                return
-            if holds is False:
-                raise self._exists(name)
-            if time.monotonic() > deadline:
-                # A conflict over a name that is not there is the store's fault, not another writer's.
-                raise StoreError(
-                    f"{self._where(name)}: could not be created within {self._settings.retry_timeout_s:.0f} s: "
-                    f"{failure}",
-                    kind=failure.kind if isinstance(failure, StoreError) else "throttled",
-                    where=name,
-                )
-            time.sleep(random.uniform(0.5, 1.0) * pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-    def _holds(self, name: str, data: bytes, failure: CiuicError) -> bool | None:
-        """Whether a name holds these bytes; None: nobody has it. Raises ``failure`` where that cannot be seen."""
-        try:
-            return self._call(name, lambda: self._read(name, len(data))) == data
-        except NotFoundError:
-            return None
-        except IntegrityError:  # longer
-            return False
-        except StoreError as error:
-            if isinstance(failure, StoreError):
-                raise failure from None
-            raise error
-
-    def _put(self, name: str, data: bytes, mode: str) -> None:
-        self._call(
-            name, lambda: self._client.put(self._remote, name, data, mode=mode, use_multipart=False), conflicts=True
+    def _create(self, name: str, content: bytes) -> None:
+        create_once(
+            name,
+            content,
+            lambda: self._put(name, content, "create"),
+            lambda: self._once(name, lambda: self._read(name, len(content))),
+            Patience(self._settings.retry_timeout_s),
         )
 
+    def _put(self, name: str, data: bytes, mode: str) -> None:
+        self._once(name, lambda: self._client.put(self._remote, name, data, mode=mode, use_multipart=False))
+
     def overwrite(self, name: str, data: Buffer) -> None:
-        self._put(check_name(name), bytes(data), "overwrite")
+        content = bytes(data)
+        self._call(check_name(name), lambda: self._put(name, content, "overwrite"))
 
     def begin(self, name: str) -> Unpublished:
         return _ObjectFile(self, check_name(name))
@@ -284,7 +248,7 @@ class ObjectStore:
         self._check_process()
 
         def put(parts: Iterator[bytes]) -> None:
-            self._call(
+            self._once(
                 name,
                 lambda: self._client.put(
                     self._remote,
@@ -323,7 +287,7 @@ class ObjectStore:
         # Read from a listing: what ``Listed`` is compared with, and finer than a head on some stores.
         folder = layout.temporary()
         name = f"{folder}/now"
-        self._put(name, b"", "overwrite")
+        self.overwrite(name, b"")
         try:
             found = self._call(name, lambda: self._listed(folder))
         finally:
@@ -349,7 +313,6 @@ class ObjectStore:
             upload.abandon()
         for upload in uploads:
             upload.join(_CLOSE_WAIT_S / len(uploads))
-
         self._connected = None  # its connections end with it
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -367,8 +330,8 @@ class ObjectStore:
         kind = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}[place.scheme]
         retry = {
             "max_retries": _TRIES,
-            "retry_timeout": timedelta(seconds=settings.retry_timeout_s),
-            "backoff": {"max_backoff": timedelta(seconds=_LONGEST_PAUSE_S)},
+            "retry_timeout": timedelta(seconds=settings.retry_timeout_s * _CLIENTS_SHARE),
+            "backoff": {"max_backoff": timedelta(seconds=LONGEST_PAUSE_S)},
         }
         try:
             return getattr(self._client.store, kind)(
@@ -388,21 +351,29 @@ class ObjectStore:
         name = f"{layout.temporary()}/once"
         first, second = secrets.token_bytes(8), secrets.token_bytes(8)
         try:
-            for data in (first, second):
-                with suppress(CommitConflictError):
-                    self._put(name, data, "create")
-            return self._call(name, lambda: self._read(name, 64)) == first
-        except NotFoundError:
-            return False
+            self._create(name, first)
+            self._create(name, second)
+        except CommitConflictError:
+            return True
         except StoreError as error:
             if error.kind != "not_supported":
                 raise
-            return False
         finally:
             with suppress(StoreError):
                 self.delete(name)
+        return False
 
-    def _call(self, name: str, work: Callable[[], T], *, conflicts: bool = False) -> T:
+    def _call(self, name: str, work: Callable[[], T]) -> T:
+        """Do what the client does, again and again for a while where that may help: only what may be repeated."""
+        patience = Patience(self._settings.retry_timeout_s)
+        while True:
+            try:
+                return self._once(name, work)
+            except StoreError as error:
+                if error.kind not in TRANSIENT or not patience.pause():
+                    raise
+
+    def _once(self, name: str, work: Callable[[], T]) -> T:
         """Do what the client does; its errors become this package's, and nothing of its message travels along."""
         self._check_process()
         try:
@@ -410,7 +381,7 @@ class ObjectStore:
         except CiuicError:
             raise
         except Exception as error:
-            if conflicts and type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
+            if type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
                 failure: CiuicError = self._exists(name)
             else:
                 failure = remote_errors.translate(error, self.url, name)

@@ -10,9 +10,6 @@ import re
 
 from ciuic_async.errors import CiuicError, NotFoundError, StoreError
 
-TRANSIENT = frozenset({"unreachable", "throttled", "server_error"})
-"""Kinds of a ``StoreError`` that may be gone a moment later."""
-
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z0-9]{1,60})</Code>")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
@@ -33,6 +30,7 @@ _ADVICE = {
     "throttled": "the store asks for fewer requests: try again later",
     "unreachable": "no answer: check the endpoint and the network",
     "server_error": "the store failed inside: try again later",
+    "not_supported": "the store cannot do this",
     "store": "check the bucket, the endpoint and the credentials",
 }
 _CODE_ADVICE = {
@@ -70,6 +68,8 @@ def _kind(error: BaseException, text: str) -> str:
         return "no_file"
     if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
         return "access_denied"
+    if status == 501 or type(error).__name__ == "NotSupportedError":
+        return "not_supported"
     if status in (429, 503) or "SlowDown" in text:
         return "throttled"
     if status >= 500 or status == 408:

@@ -57,9 +57,8 @@ class Seaweed:
     def __init__(self, folder: Path, *, port: int | None = None) -> None:
         assert BINARY is not None
         self._folder = folder
-        ports = free_ports(9)
-        self.port = ports[0] if port is None else port
-        self._ports = ports[1:]
+        self.port = port or 0
+        self._ports: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True, exist_ok=True)
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -68,7 +67,17 @@ class Seaweed:
             {"name": "r", "credentials": [{"accessKey": "reader", "secretKey": "reader"}], "actions": ["Read", "List"]},
         ]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-        self.start()
+        for tries_left in (2, 1, 0):
+            ports = free_ports(9)
+            self.port = port or ports[0]
+            self._ports = ports[1:]
+            try:
+                self.start()
+                return
+            except AssertionError:  # a free port may be somebody else's a moment later
+                self.kill()
+                if not tries_left:
+                    raise
 
     @property
     def endpoint(self) -> str:
@@ -122,6 +131,7 @@ class Seaweed:
             f"-s3.port.grpc={s3_grpc}",
             f"-s3.config={self._folder / 's3.json'}",
             "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
             f"-s3.localSocket={self._folder / 's3.sock'}",
             f"-debug.port={admin}",
         ]
