@@ -9,6 +9,7 @@ import platform
 import secrets
 import tempfile
 import time
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_j
 from ciuic_async.errors import CiuicError
 from ciuic_async.format import layout
 from ciuic_async.staging.budget import available_bytes
+from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore
+from ciuic_async.stores.resolve import resolve
 from ciuic_async.transparency import keys
 from ciuic_async.version import __version__
 
@@ -35,9 +38,9 @@ class Finding:
 
 def add_parser(commands: Subparsers) -> None:
     parser = add_command(
-        commands, "doctor", run, "Check this machine and, if given, a folder for snapshots.", chain=False
+        commands, "doctor", run, "Check this machine and, if given, a place for snapshots.", chain=False
     )
-    parser.add_argument("place", nargs="?", metavar="FOLDER", help="where snapshots would go; a trial file is written")
+    parser.add_argument("place", nargs="?", metavar="PLACE", help="where snapshots would go; a trial file is written")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,10 +79,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _place(folder: str) -> list[Finding]:
+def _place(place: str) -> list[Finding]:
     """Make a trial store beside where the chain would be, and use every primitive a commit needs."""
+    try:
+        with closing(resolve(place)) as store:
+            return _folder(store.url) if isinstance(store, LocalStore) else _remote(store.url)
+    except CiuicError as error:
+        return [Finding("place", False, str(error))]
+
+
+def _folder(folder: str) -> list[Finding]:
     findings = []
-    parent = Path(folder).expanduser()
+    parent = Path(folder)
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     try:
@@ -95,7 +106,24 @@ def _place(folder: str) -> list[Finding]:
     return findings
 
 
-def _trial(store: LocalStore) -> list[Finding]:
+def _remote(url: str) -> list[Finding]:
+    """The same in a bucket, under the chain's ``tmp/``, where nobody looks."""
+    with closing(resolve(f"{url}/{layout.temporary()}/doctor")) as store:
+        try:
+            findings = _trial(store)
+        except CiuicError as error:
+            return [Finding("write", False, str(error))]
+        finally:
+            with suppress(CiuicError):
+                for item in store.list():
+                    store.delete(item.name)
+    advice = "let the bucket remove incomplete uploads after a day or more: killed writers leave them (docs/stores.md)"
+    return [*findings, Finding("bucket", None, advice)]
+
+
+def _trial(store: Store) -> list[Finding]:
+    synced = "synced" if isinstance(store, LocalStore) else "answered"
+    _ = store.capabilities  # a remote store is tried when this is first asked: not what is measured
     started = time.perf_counter()
     store.create(layout.slot(0), b"first")
     commit_s = time.perf_counter() - started
@@ -117,6 +145,6 @@ def _trial(store: LocalStore) -> list[Finding]:
             ordered,
             "a second writer of a name is refused" if ordered else "NOT refused: one writer only",
         ),
-        Finding("commit", True, f"{commit_s * 1e3:.1f} ms for a synced small file"),
-        Finding("write", True, f"{human_bytes(int(rate))}/s, buffered and synced"),
+        Finding("commit", True, f"{commit_s * 1e3:.1f} ms for a {synced} small file"),
+        Finding("write", True, f"{human_bytes(int(rate))}/s, buffered and {synced}"),
     ]

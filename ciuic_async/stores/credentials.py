@@ -212,10 +212,10 @@ def _check_endpoint(endpoint: str, client: dict[str, Any]) -> None:
         return
     try:
         parts = urlsplit(endpoint)
-        host, scheme = parts.hostname, parts.scheme
+        host, scheme, _ = parts.hostname, parts.scheme, parts.port
     except ValueError:
         host, scheme = None, ""
-    if not host or scheme not in ("http", "https") or parts.username or parts.password or parts.query:
+    if not host or scheme not in ("http", "https") or any(mark in endpoint for mark in "@?#"):
         raise UsageError(
             "the endpoint is no URL: expected https://host[:port] without user, password or '?'", kind="bad_endpoint"
         )

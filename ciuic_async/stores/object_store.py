@@ -427,6 +427,7 @@ class _ObjectFile:
         self.store = store
         self.is_open = True
         self._rest = bytearray()
+        self._size_bytes = 0
         self._upload: Upload | None = None
 
     def write(self, data: Buffer, /) -> None:
@@ -436,6 +437,7 @@ class _ObjectFile:
         while len(view):
             taken = view[: PART_BYTES - len(self._rest)]
             self._rest += taken
+            self._size_bytes += len(taken)
             view = view[len(taken) :]
             if len(self._rest) == PART_BYTES:
                 self._send()
@@ -457,7 +459,13 @@ class _ObjectFile:
         if self._rest:
             self._send()
         self._upload.end()
-        self._upload.wait()
+        try:
+            self._upload.wait()
+        except (NotFoundError, StoreError):
+            # The answer may have been lost, and the server forgets uploads that are complete. The name is this
+            # writer's own, and an upload appears whole or not at all.
+            if self.store.size(self.name) != self._size_bytes:
+                raise
 
     def fileno(self) -> int:
         raise StoreError(f"{self.name}: an object has no descriptor", kind="no_descriptor", where=self.name)

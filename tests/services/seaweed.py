@@ -16,14 +16,17 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
@@ -239,6 +242,110 @@ def shared() -> Seaweed:
 def server(folder: Path) -> Iterator[Seaweed]:
     """A server that answers, for a ``with`` block. ``folder`` is made."""
     running = Seaweed(folder)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+# --- a proxy that spoils answers --------------------------------------------------------------------------------------
+
+Spoil = Callable[["Request"], bool]
+"""What to do with a request instead of passing it on; False: pass it on after all."""
+
+
+class Request(BaseHTTPRequestHandler):
+    """One request on its way. What ``Spoil`` gets."""
+
+    protocol_version = "HTTP/1.1"
+    proxy: Proxy
+    content: bytes
+
+    def handle_any(self) -> None:
+        self.content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.proxy.mutex:
+            self.proxy.seen.append((self.command, self.path))
+        try:
+            if not self.proxy.spoil(self):
+                self.answer(*self.forward())
+        except OSError:  # whoever asked has gone
+            self.close_connection = True
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815
+
+    def forward(self, without: str = "") -> tuple[int, list[tuple[str, str]], bytes]:
+        """Let the true server do it; its answer.
+
+        Args:
+            without: a header that gets lost on the way.
+        """
+        true = http.client.HTTPConnection("127.0.0.1", self.proxy.target, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != without}
+        try:
+            true.request(self.command, self.path, self.content, headers)
+            response = true.getresponse()
+            return response.status, response.getheaders(), response.read()
+        finally:
+            true.close()
+
+    def answer(self, status: int, headers: Iterable[tuple[str, str]] = (), body: bytes = b"", *, cut: int = 0) -> None:
+        """Answer; ``cut`` bytes at the end of the body are missing, and the connection is closed."""
+        self.send_response_only(status)
+        dropped = ("transfer-encoding", "connection") if self.command == "HEAD" else _REPLACED
+        for name, value in headers:
+            if name.lower() not in dropped:
+                self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) - cut])
+        self.close_connection = self.close_connection or cut > 0
+
+    def lose(self) -> bool:
+        """Close the connection without an answer."""
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+_REPLACED = ("transfer-encoding", "connection", "content-length")
+
+
+class Proxy:
+    """Stands before a server; ``spoil`` decides for each request. On a port of its own: signatures stay good."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.mutex = threading.Lock()
+        self.seen: list[tuple[str, str]] = []
+        self.spoil: Spoil = lambda request: False
+        handler = type("Handler", (Request,), {"proxy": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    @property
+    def options(self) -> dict[str, str]:
+        """``storage_options`` that go through it."""
+        keys = {"access_key_id": ACCESS_KEY, "secret_access_key": SECRET_KEY, "region": REGION}
+        return {"endpoint": f"http://127.0.0.1:{self.port}", **keys}
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@contextmanager
+def proxy(server: Seaweed) -> Iterator[Proxy]:
+    """A proxy for a ``with`` block."""
+    running = Proxy(server.port)
     try:
         yield running
     finally:
