@@ -23,7 +23,7 @@ from ciuic_async.stores.base import DirectReads, Store
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.memory import MemoryStore
 from ciuic_async.stores.resolve import resolve
-from tests.services import seaweed
+from tests.services import ceph, seaweed
 
 pytestmark = pytest.mark.damages  # stores are filled with names here, not with chains
 
@@ -48,7 +48,15 @@ def _object_store(_folder: Path) -> Open:
     return lambda: resolve(url, running.options)
 
 
+def _ceph(_folder: Path) -> Open:
+    running = ceph.shared()
+    url = f"s3://{ceph.BUCKET}/contract/{uuid4().hex}"
+    return lambda: resolve(url, running.options)
+
+
 OPENERS: dict[str, Callable[[Path], Open]] = {"local": _local, "memory": _memory, "s3": _object_store}
+if os.environ.get("CIUIC_CEPH") == "1":  # 20 seconds to start, and one cluster on a machine: make test-ceph
+    OPENERS["ceph"] = _ceph
 
 A = "a" * 20
 B = "b" * 20

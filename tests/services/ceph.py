@@ -10,13 +10,16 @@ Monitors listen on their well-known ports, so that there is one cluster on a mac
 
 from __future__ import annotations
 
+import atexit
 import http.client
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -27,6 +30,7 @@ NEEDED = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptoo
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-key"
+BUCKET = "chains"
 DISK_BYTES = 16 << 30
 """Size of the OSD's sparse file: what is not written takes no room."""
 START_TIMEOUT_S = 120.0
@@ -167,6 +171,21 @@ def _configuration(folder: Path, identity: str) -> str:
         "rgw_enable_usage_log": "false",
     }
     return "[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items())
+
+
+@cache
+def shared() -> Ceph:
+    """The one cluster of this process, with the bucket ``BUCKET``; it ends with the process, its folder too."""
+    folder = Path(tempfile.mkdtemp(prefix="ceph-"))
+
+    def end() -> None:
+        running.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    running = Ceph(folder / "cluster")
+    atexit.register(end)
+    running.make_bucket(BUCKET)
+    return running
 
 
 @contextmanager
