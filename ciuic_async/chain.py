@@ -95,7 +95,8 @@ class SnapshotChain:
     ) -> None:
         self._trust = None if trust is None else Trust.parse(trust)
         self.ordering = ordering or os.environ.get(ORDERING_ENVIRONMENT) or "local"
-        self._store = resolve_store(url, storage_options)
+        self._storage_options = None if storage_options is None else dict(storage_options)
+        self._store = resolve_store(url, self._storage_options)
         self._previous = previous
         self._pins = Pins.of_user()
         self._knows_pin = False
@@ -423,6 +424,11 @@ class SnapshotChain:
     def secret(self) -> str:
         """The signing key as the single line that ``key=`` takes. For another process of this very user's."""
         return self._signing_key().secret()
+
+    @property
+    def storage_options(self) -> dict[str, str] | None:
+        """How the place is reached, secrets included. For another process of this very user's."""
+        return self._storage_options
 
     @property
     def file(self) -> ChainFile:

@@ -443,7 +443,8 @@ class Checkpointer:
 
 
 def _charge(chain: SnapshotChain, codec: str) -> Charge:
-    return Charge(chain.store.url, chain.origin, chain.secret, chain.run, codec, chain.ordering)
+    options = chain.storage_options
+    return Charge(chain.store.url, chain.origin, chain.secret, chain.run, codec, chain.ordering, options)
 
 
 def _report(schedule: Schedule, writer: BackgroundWriter, began_s: float, pending: PendingSnapshot) -> None:

@@ -180,6 +180,7 @@ class Keeper:
                 "run": charge.run,
                 "codec": charge.codec,
                 "ordering": charge.ordering,
+                "storage_options": charge.storage_options,
                 "grace_s": KEEPER.grace_s,
             }
         )

@@ -79,7 +79,13 @@ class _Keeper:
         self._address = Path(hello["address"])
         self._link_open = True
         self._charge = Charge(
-            hello["url"], hello["origin"], hello["secret"], hello["run"], hello["codec"], hello["ordering"]
+            hello["url"],
+            hello["origin"],
+            hello["secret"],
+            hello["run"],
+            hello["codec"],
+            hello["ordering"],
+            hello.get("storage_options"),
         )
         self._grace_s = float(hello["grace_s"])
         self._slots: dict[int, int] = {}  # number of a slot -> descriptor

@@ -33,6 +33,7 @@ class Charge:
     run: str
     codec: str
     ordering: str = "local"
+    storage_options: dict[str, str] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,12 @@ def rescue(charge: Charge, slot: HeldSlot | None, tried: list[str] | None = None
         return Outcome(slot, None, header.step, str(error))
     try:
         with SnapshotChain(
-            charge.url, create=False, key=charge.secret, run=charge.run, ordering=charge.ordering
+            charge.url,
+            create=False,
+            key=charge.secret,
+            run=charge.run,
+            ordering=charge.ordering,
+            storage_options=charge.storage_options,
         ) as chain:
             _check_history(chain, charge, handover)
             wanted = {handover.request.snapshot, *tried}

@@ -29,17 +29,17 @@ class _AbandonedError(Exception):
     """Raised inside the client, so that it aborts the upload."""
 
 
-class _Parts(Iterator[bytes]):
+class _Parts(Iterator[bytearray]):
     """What the client pulls from: at most one part waits."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.waiting: bytes | None = None
+        self.waiting: bytearray | None = None
         self.ended = False
         self.abandoned = False
         self.done = False
 
-    def __next__(self) -> bytes:
+    def __next__(self) -> bytearray:
         with self.changed:
             while self.waiting is None and not self.ended and not self.abandoned:
                 self.changed.wait()
@@ -60,7 +60,7 @@ class Upload:
         put: uploads all parts of an iterator; called on this object's thread; raises CiuicError.
     """
 
-    def __init__(self, name: str, put: Callable[[Iterator[bytes]], None]) -> None:
+    def __init__(self, name: str, put: Callable[[Iterator[bytearray]], None]) -> None:
         self._name = name
         self._process = os.getpid()
         self._parts = _Parts()
@@ -71,8 +71,8 @@ class Upload:
         self._thread.start()
         _live.add(self)
 
-    def add(self, part: bytes) -> None:
-        """Hand over the next part; waits while enough are on their way. Raises what the upload failed with."""
+    def add(self, part: bytearray) -> None:
+        """Hand over the next part, for good; waits while enough are on their way. Raises what the upload raised."""
         parts = self._parts
         with parts.changed:
             while parts.waiting is not None and not parts.done:
@@ -119,7 +119,7 @@ class Upload:
         raise StoreError(f"{self._name}: the upload ended early", kind="store", where=self._name)
 
 
-def _run(put: Callable[[Iterator[bytes]], None], parts: _Parts, failure: list[CiuicError]) -> None:
+def _run(put: Callable[[Iterator[bytearray]], None], parts: _Parts, failure: list[CiuicError]) -> None:
     try:
         put(parts)
     except CiuicError as error:

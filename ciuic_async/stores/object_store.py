@@ -247,7 +247,7 @@ class ObjectStore:
         """A multipart upload that has begun. For the files of this store."""
         self._check_process()
 
-        def put(parts: Iterator[bytes]) -> None:
+        def put(parts: Iterator[bytearray]) -> None:
             self._once(
                 name,
                 lambda: self._client.put(
@@ -443,8 +443,8 @@ class _ObjectFile:
                 self._send()
 
     def _send(self) -> None:
-        # A copy of its own: the client reads it while the caller goes on.
-        part, self._rest = bytes(self._rest), bytearray()
+        # Given away for good: the client reads it while the caller goes on.
+        part, self._rest = self._rest, bytearray()
         if self._upload is None:
             self._upload = self.store.upload(self.name)
         self._upload.add(part)

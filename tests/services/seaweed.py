@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -161,7 +161,8 @@ class Seaweed:
             except (OSError, AssertionError, http.client.HTTPException):
                 pass
             assert time.monotonic() < deadline, f"weed did not start: {self.said()}"
-            time.sleep(0.1)  # a process that starts has no other way to tell
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.1)  # it ends early or goes on starting: nothing else tells
 
     def said(self) -> str:
         """The end of what it printed."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -177,3 +178,27 @@ def test_no_secret_is_stored(url: str) -> None:
     files = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
     assert len(objects) >= 6
     assert not any(seaweed.SECRET_KEY.encode() in data for data in (*objects, *files))
+
+
+def test_the_keeper_saves_with_the_options_of_the_trainer(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that knows the place from ``storage_options`` alone is killed: its keeper saves what was staged."""
+    code = """
+import json, os, signal, sys, torch
+from ciuic_async import Checkpointer, SnapshotChain
+chain = SnapshotChain(sys.argv[1], storage_options=json.loads(sys.argv[2]))
+checkpointer = Checkpointer(chain, {"x": torch.arange(1000)}, every_steps=1, keeper=True)
+checkpointer.step().wait_staged()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for name in seaweed.shared().environment:
+        monkeypatch.delenv(name)
+    options = seaweed.shared().options
+    killed = subprocess.run([sys.executable, "-c", code, url, json.dumps(options)], cwd=ROOT, timeout=60)
+    assert killed.returncode == -9
+    with SnapshotChain(url, create=False, storage_options=options) as chain:
+        deadline = time.monotonic() + 30
+        while (found := chain.latest()) is None:
+            assert time.monotonic() < deadline
+        assert torch.equal(found.load()["x"], torch.arange(1000))
+    for name, value in seaweed.shared().environment.items():
+        monkeypatch.setenv(name, value)

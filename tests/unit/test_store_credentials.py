@@ -207,7 +207,7 @@ def test_secrets_stay_inside(caplog: pytest.LogCaptureFixture, capfd: pytest.Cap
     for options, bucket in (
         ({**server.options, **secrets}, seaweed.BUCKET),
         ({**server.options, **secrets, "access_key_id": seaweed.ACCESS_KEY}, seaweed.BUCKET),
-        ({**server.options, **secrets, "endpoint": f"http://127.0.0.1:{port}", "retry_timeout": "0.2"}, "nobody"),
+        ({**server.options, **secrets, "endpoint": f"http://127.0.0.1:{port}", "retry_timeout": "0.05"}, "nobody"),
     ):
         store = resolve(f"s3://{bucket}/canary", options)
         said += [repr(store), str(store), store.url, repr(credentials.settings(S3, options))]
