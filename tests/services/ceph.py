@@ -111,7 +111,8 @@ class Ceph:
                 self.make_bucket("ready")
                 return
             assert time.monotonic() < deadline_s, f"the gateway does not answer; see {self._folder}"
-            time.sleep(0.2)  # a process that starts has no other way to tell
+            with suppress(subprocess.TimeoutExpired):  # a process that starts has no other way to tell
+                self._daemons["rgw"].wait(0.2)
 
     def make_bucket(self, name: str) -> None:
         """One's own bucket may be there already."""

@@ -340,6 +340,8 @@ class Throttle:
     def __init__(self) -> None:
         self._mutex = threading.Lock()
         self._free_s = 0.0
+        self.ended = threading.Event()
+        """Nobody waits any more."""
         self.bytes_per_s: float | None = None
 
     def take(self, size_bytes: int) -> None:
@@ -350,7 +352,7 @@ class Throttle:
             now_s = time.monotonic()
             wait_s = max(0.0, self._free_s - now_s)
             self._free_s = max(now_s, self._free_s) + size_bytes / self.bytes_per_s
-        time.sleep(wait_s)
+        self.ended.wait(wait_s)
 
 
 class Proxy:
@@ -409,6 +411,7 @@ class Proxy:
     def close(self) -> None:
         """Cuts what is still connected. Idempotent."""
         self.calm()
+        self.throttle.ended.set()
         self._server.shutdown()
         self._thread.join()
         with self._mutex:
