@@ -7,12 +7,12 @@ here, and neither is offered by its file-like writer, which also goes on using a
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 from ciuic_async.errors import CiuicError, StoreError
 
@@ -58,6 +58,9 @@ class Upload:
     Args:
         name: for the thread's name and messages.
         put: uploads all parts of an iterator; called on this object's thread; raises CiuicError.
+
+    Raises:
+        RuntimeError: no thread can be had: there are too many, or the interpreter ends.
     """
 
     def __init__(self, name: str, put: Callable[[Iterator[bytearray]], None]) -> None:
@@ -73,6 +76,8 @@ class Upload:
 
     def add(self, part: bytearray) -> None:
         """Hand over the next part, for good; waits while enough are on their way. Raises what the upload raised."""
+        if self._process != os.getpid():
+            raise StoreError(f"{self._name}: this process was forked while it was written", kind="forked")
         parts = self._parts
         with parts.changed:
             while parts.waiting is not None and not parts.done:
@@ -131,7 +136,72 @@ def _run(put: Callable[[Iterator[bytearray]], None], parts: _Parts, failure: lis
             parts.changed.notify_all()
 
 
-@atexit.register
+class DirectUpload:
+    """The same through the client's file-like writer, for when the interpreter ends and no thread may begin any more.
+
+    It cannot tell the server to forget an upload: what is abandoned here stays until a rule of the bucket removes it.
+
+    Args:
+        writer: the client's.
+        call: runs what it is given and translates the client's errors.
+    """
+
+    def __init__(self, writer: Any, call: Callable[[Callable[[], object]], object]) -> None:
+        self._writer = writer
+        self._call = call
+
+    def add(self, part: bytearray) -> None:
+        self._call(lambda: self._writer.write(part))
+
+    def end(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        self._call(self._writer.close)
+
+    def abandon(self) -> None:
+        self._writer = None
+
+
+def on_threads(work: Sequence[Callable[[], None]], at_once: int) -> None:
+    """Do all of ``work``, several at a time where threads can be had; returns when all has ended.
+
+    Not a thread pool of the standard library: those take no work while the interpreter ends, which is when the last
+    snapshots are committed.
+
+    Raises:
+        the first error, in the order of ``work``.
+    """
+    left = iter(enumerate(work))
+    errors: dict[int, BaseException] = {}
+    mutex = threading.Lock()
+
+    def take() -> None:
+        while True:
+            with mutex:
+                number, one = next(left, (-1, None))
+            if one is None:
+                return
+            try:
+                one()
+            except BaseException as error:
+                errors[number] = error
+
+    threads = [
+        threading.Thread(target=take, name="ciuic-publish", daemon=True) for _ in range(1, min(at_once, len(work)))
+    ]
+    started = []
+    for thread in threads:
+        with suppress(RuntimeError):
+            thread.start()
+            started.append(thread)
+    take()
+    for thread in started:
+        thread.join()
+    if errors:
+        raise errors[min(errors)]
+
+
 def _abandon_all() -> None:
     """At process end nothing half uploaded stays at the server, if it can be told within a few seconds."""
     uploads = list(_live)
@@ -139,3 +209,7 @@ def _abandon_all() -> None:
         upload.abandon()
     for upload in uploads:
         upload.join(_EXIT_WAIT_S / len(uploads))
+
+
+# Not atexit, which would come first: of finalizers the newest go first, and those of whoever writes are newer.
+weakref.finalize(_Parts, _abandon_all)

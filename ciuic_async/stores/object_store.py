@@ -17,7 +17,6 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -35,7 +34,7 @@ from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer
 from ciuic_async.stores import credentials, remote_errors
 from ciuic_async.stores.base import Capabilities, Listed, Unpublished, check_name
-from ciuic_async.stores.multipart import PART_BYTES, PARTS_AT_ONCE, Upload
+from ciuic_async.stores.multipart import PART_BYTES, PARTS_AT_ONCE, DirectUpload, Upload, on_threads
 from ciuic_async.stores.retry import LONGEST_PAUSE_S, TRANSIENT, Patience, create_once
 
 T = TypeVar("T")
@@ -230,20 +229,12 @@ class ObjectStore:
         if len(ours) != len(files) or any(file.store is not self or not file.is_open for file in ours):
             raise InternalError(f"{self.url}: publish was given a file that is not open here", kind="not_open")
         try:
-            self._publish(ours)
+            on_threads([file.complete for file in ours], _PUBLISH_THREADS)
         finally:
             for file in ours:
                 file.discard()
 
-    def _publish(self, files: Sequence[_ObjectFile]) -> None:
-        if not files:
-            return
-        with ThreadPoolExecutor(min(_PUBLISH_THREADS, len(files)), thread_name_prefix="ciuic-publish") as pool:
-            under_way = [pool.submit(file.complete) for file in files]
-        for one in under_way:
-            one.result()
-
-    def upload(self, name: str) -> Upload:
+    def upload(self, name: str) -> Upload | DirectUpload:
         """A multipart upload that has begun. For the files of this store."""
         self._check_process()
 
@@ -260,7 +251,11 @@ class ObjectStore:
                 ),
             )
 
-        upload = Upload(name, put)
+        try:
+            upload = Upload(name, put)
+        except RuntimeError:
+            writer = self._client.open_writer(self._remote, name, buffer_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            return DirectUpload(writer, lambda work: self._once(name, work))
         self._uploads.add(upload)
         return upload
 
@@ -428,7 +423,7 @@ class _ObjectFile:
         self.is_open = True
         self._rest = bytearray()
         self._size_bytes = 0
-        self._upload: Upload | None = None
+        self._upload: Upload | DirectUpload | None = None
 
     def write(self, data: Buffer, /) -> None:
         if not self.is_open:

@@ -101,6 +101,26 @@ def test_a_training_run(url: str) -> None:
         assert chain.verify().ok
 
 
+def test_a_process_that_ends_without_closing(url: str) -> None:
+    """What was staged when the script ends becomes durable, large uploads too; nothing is said and none is left."""
+    code = """
+import sys, torch
+from ciuic_async import Checkpointer
+state = {"x": torch.rand(6 << 20)}
+checkpointer = Checkpointer(sys.argv[1], state, every_steps=1, codec="raw")
+for step in range(2):
+    state["x"] += 1
+    checkpointer.step()
+"""
+    before = seaweed.shared().uploads(seaweed.BUCKET)
+    command = [sys.executable, "-W", "error", "-c", code, url]
+    done = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert seaweed.shared().uploads(seaweed.BUCKET) == before
+    with SnapshotChain(url, create=False) as chain:
+        assert [snapshot.step for snapshot in chain] == [1, 2]
+
+
 def test_several_writers(url: str) -> None:
     """Processes with one key that append at once: every entry is there once, and the chain is one."""
     with SnapshotChain(url) as chain:

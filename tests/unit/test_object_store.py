@@ -254,9 +254,43 @@ def test_a_process_that_ends_aborts_its_uploads(url: str) -> None:
         f"file = resolve({url!r}).begin({SEGMENT!r})\nfile.write(bytes(40 << 20))\nsys.exit(3)"
     )
     environment = {**os.environ, **seaweed.shared().environment}
+    before = seaweed.shared().uploads(seaweed.BUCKET)
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (3, b"")
-    assert seaweed.shared().uploads(seaweed.BUCKET) == 0
+    assert seaweed.shared().uploads(seaweed.BUCKET) == before
+
+
+def test_publishing_needs_no_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread can begin (the interpreter ends) large and small files are published all the same."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    names = [SEGMENT, layout.segment(A, 0, 1), layout.manifest_root(A)]
+    data = dict(zip(names, (os.urandom(40 * MIB), os.urandom(17 * MIB), b"small"), strict=True))
+    files = [store.begin(name) for name in names]
+    dropped = store.begin(layout.segment(A, 0, 2))
+    for file in (*files, dropped):
+        file.write(data.get(file.name, bytes(17 * MIB)))
+    dropped.discard()
+    store.publish(files)
+    assert [item.name for item in store.list()] == sorted(names)
+    assert all(store.read(name, 64 * MIB) == content for name, content in data.items())
+
+
+def test_one_of_several_files_that_fails(store: Store) -> None:
+    """The first one's error is raised when all have ended; the others are published, and every thread ends."""
+    names = [layout.segment(A, 0, number) for number in range(12)]
+    store.create(names[5], b"other")
+    store.create(names[9], b"other")
+    files = [store.begin(name) for name in names]
+    for file in files:
+        file.write(b"x")
+    with pytest.raises(CommitConflictError) as caught:
+        store.publish(files)
+    assert caught.value.where == names[5]
+    assert [store.read(name, 10) for name in names] == [b"other" if n in (5, 9) else b"x" for n in range(12)]
 
 
 def test_memory_is_bounded_while_the_server_stands_still(
