@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.timeout(900 if LONG else 120),
 ]
 
-STEPS = 40 if LONG else 1
+STEPS = 12 if LONG else 1
 PATIENCE = {"timeout": "2", "connect_timeout": "2", "retry_timeout": "8"}
 """Of the client, in seconds: short, since what is waited for here never comes."""
 WRITES = ("put", "create", "begin", "part", "complete")
