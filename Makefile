@@ -1,7 +1,7 @@
 # Needs python3 (3.11 or newer, with venv) and nothing else; a C++ compiler makes it faster.
 #
 #   make         the virtual environment .venv, with this package and its native core
-#   make demo    train, crash, restore: the package at work
+#   make demo    train, crash, restore: the package at work; CHAIN=s3://bucket/prefix: there
 #   make test    every check: style, types, layers, tests
 #   make lint    the checks without the tests
 #   make crash   every fault at every operation, 200 random kills, every bit: hours
@@ -9,6 +9,8 @@
 #   make test-chain  logs of 70,000 entries under other people's verifiers, killed writers: minutes
 #   make test-etcd  ordering by a real etcd (apt-get install etcd-server) with killed writers and members: minutes
 #   make test-hdfs  chains in HDFS: a real NameNode and DataNode, killed (java, Debian's jersey): minutes, a download once
+#   make test-s3    chains on a real object store that fails in all ways, killed servers and writers: minutes
+#   make test-ceph  what is promised of a store, by a real Ceph (apt-get install ceph-mon ceph-osd radosgw): minutes
 #   make soak    2,000 snapshots with random faults: minutes
 #   make fuzz    hostile bytes for every reader, FUZZ_SECONDS (300) each: an hour
 #   make mutations  breaks each promise of ARCHITECTURE.md on purpose and asks its tests: ten minutes
@@ -29,7 +31,7 @@ COVERED := format pipeline segments transparency
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := venv
-.PHONY: venv demo test lint coverage crash test-chain test-etcd test-hdfs soak fuzz mutations sanitize bench clean
+.PHONY: venv demo test lint coverage crash test-chain test-etcd test-s3 test-ceph test-hdfs soak fuzz mutations sanitize bench clean
 
 venv: $(STAMP)
 
@@ -39,7 +41,7 @@ $(STAMP): $(SOURCES)
 	touch $@
 
 demo: venv
-	$(BIN)/ciuic demo
+	$(BIN)/ciuic demo $(if $(CHAIN),--chain '$(CHAIN)')
 
 lint: venv
 	$(BIN)/ruff check .
@@ -94,6 +96,16 @@ test-hdfs: $(HDFS_JARS)/.unpacked
 		"libjersey1-servlet-java libcommons-daemon-java" >&2; exit 1; }
 	CIUIC_HDFS_JARS=$(HDFS_JARS) $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=600 -k hdfs \
 		tests/contracts tests/services/test_hdfs.py
+# Without the flag these tests run too, for seconds.
+test-s3: venv
+	CIUIC_SERVICES_LONG=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=1800 \
+		tests/contracts $(wildcard tests/services/test_s3_*.py)
+
+# One cluster at a time on a machine: its monitor listens on the well-known ports.
+test-ceph: venv
+	@( for program in ceph-mon ceph-osd radosgw ceph; do command -v $$program >/dev/null || exit 1; done ) \
+		|| { echo "there is no Ceph here; on Debian: apt-get install ceph-mon ceph-osd radosgw ceph-common" >&2; exit 1; }
+	CIUIC_CEPH=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=600 -k ceph tests/contracts
 
 test-chain: venv
 	CIUIC_CRASH_LONG=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --timeout=1800 tests/chain

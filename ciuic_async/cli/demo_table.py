@@ -25,15 +25,18 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
+from uuid import uuid4
 
 import torch
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from ciuic_async import Checkpointer, PendingSnapshot
 from ciuic_async.cli.demo_training import SIZES, Training
+from ciuic_async.stores.resolve import resolve
 
 
 class Contender(Protocol):
@@ -80,8 +83,8 @@ class NoSnapshots:
 class Ciuic:
     """This engine."""
 
-    def __init__(self, folder: Path, training: Training, codec: str = "auto") -> None:
-        self._checkpointer = Checkpointer(folder, training.state(), codec=codec, on_error="raise")
+    def __init__(self, place: Path | str, training: Training, codec: str = "auto") -> None:
+        self._checkpointer = Checkpointer(place, training.state(), codec=codec, on_error="raise")
         self._saving: PendingSnapshot | None = None
 
     def step(self) -> None:
@@ -211,17 +214,29 @@ class Measured:
     stored_bytes: int = 0
 
 
-def run_once(name: str, training: Training, folder: Path, schedule: Schedule, measured: Measured) -> None:
-    """One contender's turn in one round; adds to ``measured``. ``folder`` is gone afterwards."""
+def run_once(
+    name: str, training: Training, folder: Path, schedule: Schedule, measured: Measured, chain: str | None = None
+) -> None:
+    """One contender's turn in one round; adds to ``measured``.
+
+    Args:
+        folder: where it writes; gone afterwards.
+        chain: where this engine writes instead; what is there is deleted afterwards.
+    """
     folder.mkdir()
-    contender = CONTENDERS[name](folder, training)
+    place: Path | str = folder
+    if chain is not None and name == "ciuic-async":
+        place = chain
+        contender: Contender = Ciuic(chain, training)
+    else:
+        contender = CONTENDERS[name](folder, training)
     try:
         for number in range(1, WARM_UP_SNAPSHOTS + 1):
             training.update()
             contender.step()
             contender.save()
             contender.wait()
-            measured.stored_bytes = folder_bytes(folder) // (1 if name in REPLACES else number)
+            measured.stored_bytes = folder_bytes(place) // (1 if name in REPLACES else number)
         gc.collect()
         begin_s = time.perf_counter()
         step = 0
@@ -239,11 +254,30 @@ def run_once(name: str, training: Training, folder: Path, schedule: Schedule, me
     finally:
         contender.close()
         shutil.rmtree(folder)
+        if place is not folder:
+            empty(place)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Length of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def folder_bytes(place: Path | str) -> int:
+    """Length of everything below a folder or URL."""
+    if isinstance(place, Path):
+        return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    with closing(resolve(place)) as store:
+        return sum(item.size_bytes for item in store.list())
+
+
+def beside(chain: str) -> str:
+    """A new name beside a chain's own, in its bucket."""
+    scheme, _, path = chain.rstrip("/").rpartition("://")
+    bucket, _, prefix = path.partition("/")
+    return f"{scheme}://{bucket}/{prefix}-{uuid4().hex}" if scheme else f"{path}-{uuid4().hex}"
+
+
+def empty(place: Path | str) -> None:
+    """Delete everything below a URL that only this program used."""
+    with closing(resolve(place)) as store:
+        for item in list(store.list()):
+            store.delete(item.name)
 
 
 def step_time_s(training: Training, threads: int) -> float:
@@ -257,12 +291,19 @@ def step_time_s(training: Training, threads: int) -> float:
 
 
 def measure(
-    names: Sequence[str], size_name: str, schedule: Schedule, rounds: int, limit_s: float, folder: Path
+    names: Sequence[str],
+    size_name: str,
+    schedule: Schedule,
+    rounds: int,
+    limit_s: float,
+    folder: Path,
+    chain: str | None = None,
 ) -> dict[str, Any]:
     """All contenders in ``rounds`` rounds, or fewer (at least one) once ``limit_s`` seconds are over.
 
     A round trains with one or two threads, whichever is faster at its beginning: two leave no core to background work,
     which is the hardest case for it, but on a machine that is busy otherwise they would mostly wait for each other.
+    Beside ``chain`` this engine writes; all others, and without it this one too, below ``folder``.
     """
     begin_s = time.perf_counter()
     measured = {name: Measured() for name in names}
@@ -275,7 +316,8 @@ def measure(
         threads.add(fastest)
         turn = done % len(names)
         for name in [*names[turn:], *names[:turn]]:
-            run_once(name, training, folder / f"{done}-{names.index(name)}", schedule, measured[name])
+            place = None if chain is None else beside(chain)
+            run_once(name, training, folder / f"{done}-{names.index(name)}", schedule, measured[name], place)
         done += 1
         print(f"  round {done} of {rounds}", file=sys.stderr, flush=True)
     return {"state_bytes": tensor_bytes(training), "threads": sorted(threads), **summarize(measured, schedule)}
@@ -318,6 +360,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The options of this program."""
     parser = argparse.ArgumentParser(prog="python -m ciuic_async.cli.demo_table", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="an existing folder for what the contenders write")
+    parser.add_argument("--chain", metavar="URL", help="this engine writes beside it, and deletes that at the end")
     parser.add_argument("--size", choices=sorted(SIZES), default="large")
     parser.add_argument("--steps", type=int, default=8, help="of one contender in one round")
     parser.add_argument("--every", type=int, default=4, metavar="STEPS")
@@ -334,7 +377,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"torch\..*")
     names = ["none", "ciuic-async"] if options.alone else list(CONTENDERS)
     schedule = Schedule(options.steps, options.every)
-    result = measure(names, options.size, schedule, options.rounds, options.limit, options.folder)
+    result = measure(names, options.size, schedule, options.rounds, options.limit, options.folder, options.chain)
     print(json.dumps(result))
 
 

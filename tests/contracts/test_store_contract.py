@@ -24,7 +24,7 @@ from ciuic_async.stores.hdfs import HdfsStore
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.memory import MemoryStore
 from ciuic_async.stores.resolve import resolve
-from tests.services import hdfs, seaweed
+from tests.services import ceph, hdfs, seaweed
 
 pytestmark = pytest.mark.damages  # stores are filled with names here, not with chains
 
@@ -49,19 +49,26 @@ def _object_store(_folder: Path) -> Open:
     return lambda: resolve(url, running.options)
 
 
+def _ceph(_folder: Path) -> Open:
+    running = ceph.shared()
+    url = f"s3://{ceph.BUCKET}/contract/{uuid4().hex}"
+    return lambda: resolve(url, running.options)
+
+
 def _hdfs(_folder: Path) -> Open:
     url = f"{hdfs.shared().url}/contract/{uuid4().hex}"
     return lambda: HdfsStore(url)
 
 
 OPENERS: dict[str, Callable[[Path], Open]] = {"local": _local, "memory": _memory, "s3": _object_store}
+if os.environ.get("CIUIC_CEPH") == "1":  # 20 seconds to start, and one cluster on a machine: make test-ceph
+    OPENERS["ceph"] = _ceph
 if hdfs.JARS is not None:  # make test-hdfs
     OPENERS["hdfs"] = _hdfs
 UNLOCKED = {"hdfs"}
 """Stores whose lock does nothing: slots order the writers."""
 KEEPS_CONNECTIONS = {"hdfs"}
 """Stores whose client library keeps connections for the next store for some seconds: bounded, by tests of their own."""
-
 A = "a" * 20
 B = "b" * 20
 NAMES = [

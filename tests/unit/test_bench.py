@@ -31,6 +31,7 @@ QUESTIONS: dict[str, tuple[str, list[str]]] = {
     "kernels": ("kernels", []),
     "chain": ("chain", []),
     "overlap": ("overlap", []),
+    "object_store": ("object_store", []),
     "crash": ("crash", ["--contenders", "ciuic-async", "torch.save"]),
 }
 
