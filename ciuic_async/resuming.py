@@ -16,6 +16,7 @@ from ciuic_async.keeper import offer
 from ciuic_async.keeper.offer import Offer
 from ciuic_async.pipeline.bases import Parent
 from ciuic_async.pipeline.restore import restore_objects
+from ciuic_async.pipeline.spoilt import read_again
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,15 @@ class Resumer:
         ) from failure
 
     def _restored(
+        self, snapshot: Snapshot, strict: bool, skipped: tuple[tuple[str, str], ...], offers: Sequence[Offer]
+    ) -> tuple[Progress, Parent]:
+        return read_again(
+            self._chain.store,
+            f"snapshot {snapshot.id}",
+            lambda: self._restored_once(snapshot, strict, skipped, offers),
+        )
+
+    def _restored_once(
         self, snapshot: Snapshot, strict: bool, skipped: tuple[tuple[str, str], ...], offers: Sequence[Offer]
     ) -> tuple[Progress, Parent]:
         started = time.perf_counter()

@@ -188,16 +188,21 @@ class Snapshot:
             IntegrityError: damage; names the tensor and the file. Nothing is returned.
         """
         from ciuic_async.pipeline.restore import load_tree
+        from ciuic_async.pipeline.spoilt import read_again
 
         patterns = [only] if isinstance(only, str) else only
-        return load_tree(
-            self._store,
-            self.resolve(),
-            only=patterns,
-            map_location=map_location,
-            verify=verify,
-            listener=listener,
-        )
+
+        def read() -> Any:
+            return load_tree(
+                self._store,
+                self.resolve(),
+                only=patterns,
+                map_location=map_location,
+                verify=verify,
+                listener=listener,
+            )
+
+        return read_again(self._store, f"snapshot {self.id}", read)
 
     def export(self, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None) -> Path:
         """Write the tensors in another format, chosen by suffix (``.safetensors``). The file appears whole or not.

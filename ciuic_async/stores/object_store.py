@@ -154,9 +154,9 @@ class ObjectStore:
         self._call(name, lambda: self._read_into(name, offset_bytes, view))
 
     def _read_into(self, name: str, offset_bytes: int, view: memoryview) -> None:
-        done = 0
+        done, end = 0, offset_bytes + len(view)
         try:
-            result = self._client.get(self._remote, name, options={"range": (offset_bytes, offset_bytes + len(view))})
+            result = self._client.get(self._remote, name, options={"range": (offset_bytes, end)})
             for piece in result.stream(min_chunk_size=_READ_STEP_BYTES):
                 taken = memoryview(piece)[: len(view) - done]
                 view[done : done + len(taken)] = taken
@@ -166,11 +166,17 @@ class ObjectStore:
         except Exception as error:
             if remote_errors.status_of(error) != 416:
                 raise
+        # An answer may end too soon on its way here: that is no damage, and must not be taken for it.
+        size = int(self._client.head(self._remote, name)["size"])
+        if size >= end:
+            raise StoreError(
+                f"{self._where(name)}: an answer of {done} bytes for {len(view)} from {offset_bytes} on, and the "
+                f"object has {size}: something on the way cuts answers off",
+                kind="bad_answer",
+                where=name,
+            )
         raise IntegrityError(
-            f"{self._where(name)}: ends before byte {offset_bytes + len(view)}, {done} bytes found from {offset_bytes} "
-            "on: truncated",
-            kind="truncated",
-            where=name,
+            f"{self._where(name)}: {size} bytes, expected {end} or more: truncated", kind="truncated", where=name
         )
 
     def size(self, name: str) -> int | None:

@@ -20,6 +20,8 @@ _NO_CREDENTIALS = (
     "MissingAccessKeyId",
     "MissingSecret",
 )
+_BAD_ANSWER = ("NotPartial", "UnexpectedRange", "NoContentRange", "ParseContentRange", "InvalidContentRange")
+"""Something on the way cuts ranges, or leaves them out."""
 _BROKEN_CONNECTION = ("kind: Connect", "kind: Timeout", "kind: Request", "kind: Body", "kind: Interrupted", "dns error")
 
 _ADVICE = {
@@ -29,6 +31,7 @@ _ADVICE = {
     "wrong_region": "the bucket is in another region: set AWS_REGION or storage_options={'region': ...}",
     "throttled": "the store asks for fewer requests: try again later",
     "unreachable": "no answer: check the endpoint and the network",
+    "bad_answer": "the answer is not the range that was asked for: does a proxy between here and the store change it?",
     "server_error": "the store failed inside: try again later",
     "not_supported": "the store cannot do this",
     "store": "check the bucket, the endpoint and the credentials",
@@ -76,6 +79,8 @@ def _kind(error: BaseException, text: str) -> str:
         return "server_error"
     if status in (301, 307) or "AuthorizationHeaderMalformed" in text:
         return "wrong_region"
+    if any(word in text for word in _BAD_ANSWER):
+        return "bad_answer"
     if any(word in text for word in _BROKEN_CONNECTION):
         return "unreachable"
     return "store"

