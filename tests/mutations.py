@@ -166,8 +166,8 @@ MUTATIONS = (
         4,
         "retention runs before the successor is durable",
         "ciuic_async/background.py",
-        "    def _write(self, job: Job) -> None:\n        try:\n",
-        "    def _write(self, job: Job) -> None:\n        if self._keep is not None:\n"
+        "        self._look_for_room(job.stats.raw_bytes)\n        try:\n",
+        "        if self._keep is not None:\n"
         "            self._chain.prune(type(self._keep)(max(self._keep.count - 1, 1)))\n        try:\n",
         "tests/crash/test_every_syscall.py::test_a_kill_before_any_change_of_the_disk_loses_nothing",
     ),

@@ -419,7 +419,7 @@ def run(args: argparse.Namespace) -> int:
             print_json(facts)
         else:
             print(f"$ ciuic log {text(chain)}")
-            log.run(argparse.Namespace(chain=chain, json=False, all=False, graph=False, limit=None))
+            log.run(argparse.Namespace(chain=chain, json=False, all=False, graph=False, limit=None, mirror=None))
             print(f"\n{render(facts)}")
     finally:
         shutil.rmtree(folder)

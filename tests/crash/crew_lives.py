@@ -139,7 +139,7 @@ class StuckStore(LocalStore):
 def forked_while_saving(chain: str) -> None:
     """Forks while its writer is in the middle of a save. The child touches everything and ends like any program."""
     SnapshotChain(chain).close()
-    setattr(chain_module, "resolve_store", StuckStore)  # noqa: B010 -- not a name that the module exports
+    setattr(chain_module, "resolve_store", lambda url, _options: StuckStore(url))  # noqa: B010 -- not a name that the module exports
     training = Training(chain)
     training.step()
     assert StuckStore.stuck.wait(30)
@@ -166,7 +166,7 @@ def forked_while_saving(chain: str) -> None:
 def stuck_in_close(chain: str) -> None:
     """The disk hangs for ever, and ``close`` waits for it. An interrupt counts once it does."""
     SnapshotChain(chain).close()
-    setattr(chain_module, "resolve_store", StuckStore)  # noqa: B010 -- not a name that the module exports
+    setattr(chain_module, "resolve_store", lambda url, _options: StuckStore(url))  # noqa: B010 -- not a name that the module exports
     training = Training(chain)
     training.step()
     assert StuckStore.stuck.wait(30)

@@ -460,7 +460,7 @@ def test_a_reader_that_the_first_writers_overtake(tmp_path: Path, monkeypatch: p
                 raise NotFoundError("it was not there", where=name)
             return super().read(name, limit_bytes)
 
-    monkeypatch.setattr("ciuic_async.chain.resolve_store", Overtaken)
+    monkeypatch.setattr("ciuic_async.chain.resolve_store", lambda url, _options: Overtaken(url))
     with writer, SnapshotChain(tmp_path / "chain", create=False) as reader:
         latest = reader.latest()
         assert latest is not None

@@ -71,7 +71,7 @@ class Places:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stores: dict[str, Any] = {}
-        monkeypatch.setattr(chain_module, "resolve_store", lambda url: self.stores[str(url)])
+        monkeypatch.setattr(chain_module, "resolve_store", lambda url, _options: self.stores[str(url)])
 
     def open(self, store: Any) -> SnapshotChain:
         name = f"store-{len(self.stores)}"

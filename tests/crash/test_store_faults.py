@@ -120,7 +120,7 @@ class Run:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None, *, after: bool) -> None:
         self.store = FaultyStore(MemoryStore(), at, after=after)
-        monkeypatch.setattr(chain_module, "resolve_store", lambda url: self.store)
+        monkeypatch.setattr(chain_module, "resolve_store", lambda url, _options: self.store)
         self.saved: dict[int, Snapshot] = {}
         self.failures: list[CiuicError] = []
         self.chain: SnapshotChain | None = None

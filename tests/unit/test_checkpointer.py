@@ -56,7 +56,7 @@ class GatedStore(LocalStore):
 @pytest.fixture
 def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SnapshotChain, GatedStore]]:
     """A chain on a gated store."""
-    monkeypatch.setattr("ciuic_async.chain.resolve_store", GatedStore)
+    monkeypatch.setattr("ciuic_async.chain.resolve_store", lambda url, _options: GatedStore(url))
     with SnapshotChain(tmp_path / "chain") as chain:
         store = chain.store
         assert isinstance(store, GatedStore)

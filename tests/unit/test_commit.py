@@ -45,7 +45,7 @@ class Troubled(LocalStore):
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> type[Troubled]:
     """Chains of this test lie on a troubled disk."""
-    monkeypatch.setattr("ciuic_async.chain.resolve_store", Troubled)
+    monkeypatch.setattr("ciuic_async.chain.resolve_store", lambda url, _options: Troubled(url))
     monkeypatch.setattr(Troubled, "trouble", staticmethod(lambda operation, name: None))
     return Troubled
 

@@ -278,6 +278,7 @@ def facts(**changed: Any) -> dict[str, Any]:
     one = {"stall_s": 0.03, "lost_s_per_snapshot": 0.04, "lost_s_min": 0.02, "lost_s_max": 0.05, "stored_bytes": 10**8}
     return {
         "identical": True,
+        "chain": "",
         "kills": 3,
         "snapshots": 12,
         "raw_bytes": 480_000_000,

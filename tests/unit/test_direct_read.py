@@ -385,7 +385,7 @@ def test_partial_loads_read_what_they_need(tmp_path: Path, monkeypatch: pytest.M
     saved = {str(number): torch.randn(1 << 20) for number in range(8)}
     save(saved, tmp_path / "chain", codec="raw")
     watched = _WatchedStore(tmp_path / "chain")
-    monkeypatch.setattr("ciuic_async.chain.resolve_store", lambda url: watched)
+    monkeypatch.setattr("ciuic_async.chain.resolve_store", lambda url, _options: watched)
     with SnapshotChain(tmp_path / "chain", create=False) as chain:
         loaded = chain.latest().load(only=["2", "5"])
     assert _same(loaded, {"2": saved["2"], "5": saved["5"]})

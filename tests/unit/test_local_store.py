@@ -425,7 +425,7 @@ def test_resolve_paths_and_file_urls(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "url",
-    ["", "a\0b", "ftp://host/x", "hdfs://n/x", "file://", "file://host/x", "file://rel/x", "file:///a#b", "file:///a?b",
+    ["", "a\0b", "ftp://host/x", "smb://n/x", "file://", "file://host/x", "file://rel/x", "file:///a#b", "file:///a?b",
      "file:///a%00b", "file://[/x"],
 )  # fmt: skip
 def test_resolve_refuses_what_it_cannot_mean(url: str) -> None:

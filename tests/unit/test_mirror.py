@@ -74,13 +74,19 @@ def lose(folder: Path) -> None:
 
 
 def test_the_mirror_is_the_chain_byte_for_byte(tmp_path: Path) -> None:
-    """After a flush every file of the chain is in the mirror with the same bytes, and nothing else is."""
+    """After a flush every file of the chain is in the mirror with the same bytes, and nothing else is.
+
+    But for partial tiles of earlier sizes: where the mirror lagged it never had a head that needed them.
+    """
     with mirrored(tmp_path) as chain:
         save(chain, 1, 2, 3)
         chain.tag("good", "latest")
         chain.note("a remark")
         chain.mirror and chain.mirror.wait(len(chain.log()), WAIT_S)
-    assert files(tmp_path / "mirror") == files(tmp_path / "chain")
+    here, there = files(tmp_path / "chain"), files(tmp_path / "mirror")
+    size = len(SnapshotChain(tmp_path / "chain", create=False).log())
+    earlier = {name for name in here if ".p/" in name and not name.endswith(f".p/{size}")}
+    assert there == {name: data for name, data in here.items() if name in there or name not in earlier}
     with SnapshotChain(tmp_path / "mirror", create=False) as copy:
         assert copy.verify().ok
         assert same(copy.get("good").load(), state_at(3))
@@ -417,7 +423,7 @@ class DeadStore(MemoryStore):
 def dead(monkeypatch: pytest.MonkeyPatch) -> DeadStore:
     """What ``mirror="dead://"`` is."""
     store = DeadStore()
-    resolve: Callable[[Any], Store] = lambda url: store if url == "dead://" else real_resolve(url)  # noqa: E731
+    resolve: Callable[[Any, Any], Store] = lambda url, _options: store if url == "dead://" else real_resolve(url)  # noqa: E731
     monkeypatch.setattr(chain_module, "resolve_store", resolve)
     return store
 
@@ -466,7 +472,7 @@ def test_a_mirror_that_hangs_holds_nobody_up(
     """Snapshots become durable while a call to the mirror hangs, and ``close`` waits no longer than it was given: it
     says what is not replicated."""
     store = StuckStore()
-    resolve: Callable[[Any], Store] = lambda url: store if url == "stuck://" else real_resolve(url)  # noqa: E731
+    resolve: Callable[[Any, Any], Store] = lambda url, _options: store if url == "stuck://" else real_resolve(url)  # noqa: E731
     monkeypatch.setattr(chain_module, "resolve_store", resolve)
     chain = SnapshotChain(tmp_path / "chain", mirror="stuck://")
     first = ciuic_async.save(state_at(1), chain)

@@ -315,7 +315,7 @@ def test_whatever_is_pruned_all_that_is_kept_stays_whole(todo: list[tuple[Any, .
     what it keeps is there, reads back bit for bit and verifies."""
     with pytest.MonkeyPatch.context() as patch:
         store = MemoryStore()
-        patch.setattr(chain_module, "resolve_store", lambda url: store)
+        patch.setattr(chain_module, "resolve_store", lambda url, _options: store)
         chain = SnapshotChain("memory")
         saved: dict[str, tuple[int, ...]] = {}
         for what, *arguments in todo:

@@ -106,7 +106,7 @@ class FailingStore(LocalStore):
 
 @pytest.fixture
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SnapshotChain, FailingStore]]:
-    monkeypatch.setattr("ciuic_async.chain.resolve_store", FailingStore)
+    monkeypatch.setattr("ciuic_async.chain.resolve_store", lambda url, _options: FailingStore(url))
     with SnapshotChain(tmp_path / "chain") as chain:
         store = chain.store
         assert isinstance(store, FailingStore)
