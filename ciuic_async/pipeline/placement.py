@@ -1,16 +1,14 @@
 """Reading chunks in parallel and putting their bytes where they belong; every digest is checked before.
 
 A chunk is read into scratch memory, decoded, checked, and only then copied to its targets: bad data never reaches a
-tensor that anybody has. All of that happens to one chunk after the other on one thread, while its bytes are in the
-processor's cache; several threads keep the disk busy meanwhile. Memory in use is one run of records and a decoded chunk
-for each of them. Targets that nobody has yet take raw chunks straight from the disk, and are dropped after an error.
+tensor. All of that happens to one chunk after the other on one thread, while its bytes are in the processor's cache;
+several threads keep the disk busy meanwhile. Memory in use is one run of records and a decoded chunk for each of them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -25,7 +23,7 @@ from ciuic_async.options import READ
 from ciuic_async.pipeline.chunks import chunk_reader
 from ciuic_async.pipeline.commit import Resolved
 from ciuic_async.pipeline.moved import reread
-from ciuic_async.segments.reader import ChunkRequest, SegmentReader
+from ciuic_async.segments.reader import ChunkRequest
 from ciuic_async.stores.base import Store
 
 T = TypeVar("T")
@@ -49,35 +47,27 @@ def read_tensors(
     *,
     verify: bool = True,
     listener: Listener | None = None,
-    private: Collection[int] = (),
 ) -> None:
     """Fill ``targets`` with stored tensors; reads only the chunks they need, each once.
 
     Args:
         targets: by index of the stored tensor, contiguous tensors of its size in bytes, of any dtype and shape. Owned
             by the caller; after an error their content is a mixture.
-        private: those of them (on the CPU) that nobody looks at after an error: bytes may get there before they are
-            checked. The others never get a byte that was not.
 
     Raises:
         IntegrityError: names the segment and the tensors; kind ``missing`` when a segment is not there.
     """
     try:
-        _read_tensors(store, resolved, targets, verify, listener, private)
+        _read_tensors(store, resolved, targets, verify, listener)
     except IntegrityError as error:
         newer = reread(store, resolved) if error.kind == "missing" else None
         if newer is None:
             raise
-        read_tensors(store, newer, targets, verify=verify, listener=listener, private=private)  # moved by retention
+        read_tensors(store, newer, targets, verify=verify, listener=listener)  # retention moved it meanwhile
 
 
 def _read_tensors(
-    store: Store,
-    resolved: Resolved,
-    targets: Mapping[int, torch.Tensor],
-    verify: bool,
-    listener: Listener | None,
-    private: Collection[int],
+    store: Store, resolved: Resolved, targets: Mapping[int, torch.Tensor], verify: bool, listener: Listener | None
 ) -> None:
     jobs = plan_reads(resolved, targets)
     held = [[job] for job in jobs if job.chunk.digest in resolved.in_memory]
@@ -88,26 +78,18 @@ def _read_tensors(
     deltas = any(job.chunk.location.depth for job in jobs)
     sizes = resolved.manifest.distinct_chunks() if deltas else {}
     copy = _copier(targets)
-    memory = {number: _flat(targets[number]).numpy().data for number in private if number in targets}
     # Training may have queued work on a stream of its own that still reads or writes the targets; the reading threads
     # copy on their own current streams, which wait for none of it.
     devices = {target.device for target in targets.values() if target.is_cuda}
     _synchronize(devices)
-
-    def done(job: Job) -> None:
-        notify(listener, Event("restore", resolved.entry.snapshot, job.chunk.raw_size_bytes, total_bytes=total))
-
     with chunk_reader(store, verify=verify, where=resolved.locator, sizes=sizes) as reader:
 
         def work(run: Sequence[Job]) -> None:
-            if len(run) == 1 and _straight(reader, run[0], memory, resolved):
-                done(run[0])
-                return
             found = _in_memory(resolved, run[0].chunk)
             chunks = reader.read_run([job.chunk for job in run]) if found is None else iter([found])
             for job in run:
                 copy(_next(chunks, job, resolved), job.places)
-                done(job)
+                notify(listener, Event("restore", resolved.entry.snapshot, job.chunk.raw_size_bytes, total_bytes=total))
 
         _in_parallel(work, runs, min(READ.threads, len(runs)))
     _synchronize(devices)  # and what training queues next, on whatever stream, sees all that was copied
@@ -121,28 +103,10 @@ def _in_memory(resolved: Resolved, chunk: ChunkRequest) -> memoryview | None:
     return raw
 
 
-def _straight(reader: SegmentReader, job: Job, memory: Mapping[int, memoryview], resolved: Resolved) -> bool:
-    """Whether the chunk could be read into the one place where it belongs."""
-    if len(job.places) != 1 or job.chunk.digest in resolved.in_memory:
-        return False
-    number, to, at, size = job.places[0]
-    if number not in memory or at or size != job.chunk.raw_size_bytes:
-        return False
-    with _naming(job, resolved):
-        return reader.read_straight(job.chunk, memory[number][to : to + size])
-
-
 def _next(chunks: Iterator[memoryview], job: Job, resolved: Resolved) -> memoryview:
-    """The bytes of ``job``'s chunk."""
-    with _naming(job, resolved):
-        return next(chunks)
-
-
-@contextmanager
-def _naming(job: Job, resolved: Resolved) -> Iterator[None]:
-    """Errors name the tensors that are lost."""
+    """The bytes of ``job``'s chunk; errors name the tensors that are lost."""
     try:
-        yield
+        return next(chunks)
     except (IntegrityError, NotFoundError) as error:
         tensors = resolved.manifest.tensors
         names = sorted({dotted(tensors[place[0]].path) for place in job.places})

@@ -19,11 +19,10 @@ from ciuic_async.capture.tensors import DTYPES, empty
 from ciuic_async.errors import IntegrityError, NotFoundError, StoreError, TargetMismatchError, UsageError
 from ciuic_async.events import Listener
 from ciuic_async.format.manifest import SECTION_RNG, SECTION_STATE, TOP_DICT, Manifest, Node, StoredTensor, Tree, dotted
-from ciuic_async.options import READ
 from ciuic_async.pipeline.commit import Resolved
 from ciuic_async.pipeline.fit import Fit, Live, drop_overlaps, fit_object, reusable_state, state_dict_items
 from ciuic_async.pipeline.placement import read_tensors
-from ciuic_async.segments.scratch import fresh, inherit
+from ciuic_async.segments.scratch import prefer_huge_pages
 from ciuic_async.stores.base import Store
 
 REFERENCES = ("tensor", "numpy.array", "str", "bytes", "bytearray", "json")
@@ -59,33 +58,21 @@ class TensorLoader:
         tensors = self._resolved.manifest.tensors
         wanted = {index for node in nodes for index in references(node, len(tensors))} - set(self._loaded)
         targets: dict[int, torch.Tensor] = {}
-        private = []
         for index in wanted:
             stored = tensors[index]
-            tensor = self._loaded[index] = self._into[index] if index in self._into else self._allocate(stored)
+            self._loaded[index] = self._into[index] if index in self._into else self._allocate(stored)
             if stored.size_bytes:
-                targets[index] = tensor
-                if index not in self._into and self._goes_straight(stored):
-                    private.append(index)
-        read_tensors(
-            self._store, self._resolved, targets, verify=self._verify, listener=self._listener, private=private
-        )
-        for index in private:
-            inherit(targets[index].data_ptr(), targets[index].nbytes)
+                targets[index] = self._loaded[index]
+        read_tensors(self._store, self._resolved, targets, verify=self._verify, listener=self._listener)
         inflater = Inflater(tensors, self._loaded.__getitem__)
         return [inflater.value(node, where) for node in nodes]
 
-    def _goes_straight(self, stored: StoredTensor) -> bool:
-        """Whether its memory is made for being read into."""
-        return torch.device(self._device).type == "cpu" and stored.size_bytes >= READ.straight_bytes
-
     def _allocate(self, stored: StoredTensor) -> torch.Tensor:
         try:
-            dtype = DTYPES[stored.dtype]
-            if self._goes_straight(stored):
-                flat = torch.frombuffer(fresh(stored.size_bytes), dtype=torch.uint8)
-                return flat.view(dtype).view(tuple(stored.shape))
-            return empty(stored.shape, dtype, self._device)
+            tensor = empty(stored.shape, DTYPES[stored.dtype], self._device)
+            if tensor.is_cpu:
+                prefer_huge_pages(tensor.data_ptr(), stored.size_bytes)
+            return tensor
         except (RuntimeError, MemoryError) as error:  # torch says that memory is out with a RuntimeError
             name = dotted(stored.path)
             raise StoreError(

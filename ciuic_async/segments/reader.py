@@ -14,7 +14,7 @@ from ciuic_async.handoffs import Decoder
 from ciuic_async.options import READ
 from ciuic_async.segments.open_segments import OpenSegments
 from ciuic_async.segments.reading import missing, parse_header, read_into
-from ciuic_async.segments.scratch import ThreadMemory, address_of
+from ciuic_async.segments.scratch import ThreadMemory
 from ciuic_async.stores.base import DirectReads, Store
 
 BaseLookup = Callable[[bytes], tuple[int, ChunkLocation] | None]
@@ -114,47 +114,6 @@ class SegmentReader:
             if len(record) < request.location.record_size_bytes:
                 raise _truncated(request, start + len(data))
             yield self._verified(request, record)
-
-    def read_straight(self, request: ChunkRequest, target: memoryview) -> bool:
-        """Read a chunk that is stored raw into ``target`` itself, past all buffers, and check it there.
-
-        For memory that nobody else looks at before everything is checked: after an error it holds anything.
-
-        Args:
-            target: writable, of the chunk's raw size.
-
-        Returns:
-            Whether it could: the store must have direct reads, the payload and ``target`` lie at multiples of 4096.
-            Else nothing was done.
-
-        Raises:
-            Like ``read_chunk``.
-        """
-        location, block = request.location, segment.DIRECT_ALIGNMENT_BYTES
-        start = location.offset_bytes // block * block
-        payload = request.end_bytes - request.raw_size_bytes
-        if self._files is None or location.codec != segment.CODEC_RAW or payload % block or address_of(target) % block:
-            return False
-        _check_size(request)
-        if not segment.RECORD_HEADER_BYTES <= payload - location.offset_bytes <= segment.MAX_RECORD_HEADER_BYTES:
-            return False  # a lie of the locator, which the other way names
-        head = self._memory.take(0, payload - start)
-        tail = self._memory.take(1, block)
-        whole = request.raw_size_bytes // block * block
-        rest = request.raw_size_bytes - whole
-        buffers = (head, target[:whole], tail) if rest else (head, target)
-        try:
-            with self._files.lease(location.segment.path) as file:
-                count = file.read_aligned(start, *buffers)
-        except NotFoundError as error:
-            raise missing(location.segment.path) from error
-        if start + count < request.end_bytes:
-            raise _truncated(request, start + count)
-        _matching_header(request, head[location.offset_bytes - start :])
-        target[whole:] = tail[:rest]
-        if self._verify and blake3_256(target) != request.digest:
-            raise _changed(request)
-        return True
 
     def _verified(self, request: ChunkRequest, record: memoryview) -> memoryview:
         raw, header = self._raw(request, record, 0, check_bases=False)

@@ -50,11 +50,6 @@ class ThreadMemory(threading.local):
         return buffer.take(size_bytes)
 
 
-def address_of(view: memoryview) -> int:
-    """Where the bytes of a writable, contiguous view lie."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
-
-
 def prefer_huge_pages(address: int, size_bytes: int) -> None:
     """Ask that fresh memory comes in huge pages: touching it for the first time then costs a fifth. Advice, no more.
 
@@ -64,34 +59,6 @@ def prefer_huge_pages(address: int, size_bytes: int) -> None:
     size = (address + size_bytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if size >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_HUGEPAGE))
-
-
-def fresh(size_bytes: int) -> memoryview:
-    """Memory that starts at a multiple of 4096, is kept by whoever keeps a view, and was never touched.
-
-    Until ``inherit`` a forked child does not have it: as for ``AlignedMemory``, while direct reads fill it. Huge pages
-    take no more of it than ``size_bytes``.
-
-    Raises:
-        MemoryError.
-    """
-    try:
-        memory = mmap.mmap(-1, align_up(size_bytes, mmap.PAGESIZE) + _HUGE_PAGE_BYTES, **_PRIVATE)
-        if hasattr(mmap, "MADV_DONTFORK"):
-            memory.madvise(mmap.MADV_DONTFORK)
-    except OSError as error:
-        raise MemoryError(f"no memory to read {size_bytes} bytes into") from error
-    address = address_of(memoryview(memory))
-    start = align_up(address, _HUGE_PAGE_BYTES) - address
-    prefer_huge_pages(address + start, size_bytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
-    return memoryview(memory)[start : start + size_bytes]
-
-
-def inherit(address: int, size_bytes: int) -> None:
-    """From now on forked children have the memory of a ``fresh``, whose address this is."""
-    if hasattr(mmap, "MADV_DOFORK"):
-        size = align_up(size_bytes, mmap.PAGESIZE)
-        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_DOFORK))
 
 
 def _allocate(size_bytes: int) -> memoryview:
@@ -107,6 +74,6 @@ def _allocate(size_bytes: int) -> memoryview:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError as error:
         raise MemoryError(f"no memory to read {size_bytes} bytes into") from error
-    address = address_of(memoryview(memory))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     start = align_up(address, _HUGE_PAGE_BYTES) - address
     return memoryview(memory)[start : start + size]

@@ -81,11 +81,11 @@ class Unpublished(Protocol):
 class DirectFile(Protocol):
     """A published file held open for many reads past the page cache. Any thread may read, several at once."""
 
-    def read_aligned(self, offset_bytes: int, *buffers: memoryview) -> int:
-        """Fill ``buffers`` (writable, contiguous), one after the other, from ``offset_bytes``. Releases the GIL.
+    def read_aligned(self, offset_bytes: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` (writable, contiguous) from ``offset_bytes``. Releases the GIL. Raises StoreError.
 
-        The offset, the buffers' lengths and their addresses are multiples of 4096. Where the file system has no reads
-        past its cache, this goes through it. Raises StoreError.
+        The offset, the buffer's length and its address are multiples of 4096. Where the file system has no reads past
+        its cache, this goes through it.
 
         Returns:
             How many bytes were read: fewer than asked for only where the content ends.

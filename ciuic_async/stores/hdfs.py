@@ -500,21 +500,13 @@ class _HdfsDirectFile:
         self._name = name
         self._opened: tuple[Client, FileReader] | None = opened  # the client carries the reader
 
-    def read_aligned(self, offset_bytes: int, *buffers: memoryview) -> int:
+    def read_aligned(self, offset_bytes: int, buffer: memoryview) -> int:
         if self._opened is None:
             raise InternalError(f"{self._name}: read after close", kind="not_open", where=self._name)
-        done = 0
-        for buffer in buffers:
-            view = buffer.cast("B")
-            view = view[: max(0, len(self._opened[1]) - offset_bytes - done)]
-            self._fill(offset_bytes + done, view)
-            done += len(view)
-        return done
-
-    def _fill(self, offset_bytes: int, view: memoryview) -> None:
-        assert self._opened is not None
-        reader = self._opened[1]
-        self._store._read(lambda _: self._store._fill(reader, self._name, offset_bytes, view), self._name)
+        reader, view = self._opened[1], buffer.cast("B")
+        count = max(0, min(len(view), len(reader) - offset_bytes))
+        self._store._read(lambda _: self._store._fill(reader, self._name, offset_bytes, view[:count]), self._name)
+        return count
 
     def close(self) -> None:
         self._opened = None

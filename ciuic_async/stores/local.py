@@ -475,14 +475,14 @@ class _LocalDirectFile:
         self._descriptor = descriptor
         self._direct = True
 
-    def read_aligned(self, offset_bytes: int, *buffers: memoryview) -> int:
-        left = [view for view in (buffer.cast("B") for buffer in buffers) if len(view)]
+    def read_aligned(self, offset_bytes: int, buffer: memoryview) -> int:
+        buffer = buffer.cast("B")
         done = 0
         with self._store._errors(self._name):
-            while left:
+            while done < len(buffer):
                 direct = self._direct
                 try:
-                    count = os.preadv(self._descriptor, left, offset_bytes + done)
+                    count = os.preadv(self._descriptor, [buffer[done:]], offset_bytes + done)
                 except OSError as error:
                     if error.errno != errno.EINVAL or not direct:
                         raise
@@ -491,10 +491,6 @@ class _LocalDirectFile:
                 done += count
                 if count == 0 or (direct and count % _DIRECT_ALIGNMENT_BYTES):
                     break  # the content ends here: nothing else ends a direct read between two blocks
-                while left and count >= len(left[0]):
-                    count -= len(left.pop(0))
-                if count:
-                    left[0] = left[0][count:]
         return done
 
     def _leave_direct(self) -> None:

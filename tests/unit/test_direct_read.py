@@ -372,9 +372,9 @@ class _WatchedFile:
         self._inner = inner
         self._ranges = ranges
 
-    def read_aligned(self, offset_bytes: int, *buffers: memoryview) -> int:
-        self._ranges.append((offset_bytes, offset_bytes + sum(len(buffer) for buffer in buffers)))
-        return self._inner.read_aligned(offset_bytes, *buffers)
+    def read_aligned(self, offset_bytes: int, buffer: memoryview) -> int:
+        self._ranges.append((offset_bytes, offset_bytes + len(buffer)))
+        return self._inner.read_aligned(offset_bytes, buffer)
 
     def close(self) -> None:
         self._inner.close()
