@@ -15,7 +15,6 @@ from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_j
 from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.interchange import files, usual
 
-_IMPORTED = "imported"
 _DONE, _TO_DO, _FAILED = "imported", "new", "refused"
 _KNOWN, _SAME = "known", "same"
 _WORDS = {
@@ -138,7 +137,7 @@ def _known(chain: SnapshotChain) -> dict[str, str]:
     known = {}
     for snapshot in chain:
         try:
-            source = (snapshot.config or {}).get(_IMPORTED)
+            source = (snapshot.config or {}).get(files.IMPORTED)
         except IntegrityError as error:  # damaged: then its file may well come again
             print(f"warning: {text(error)}", file=sys.stderr)
             continue
@@ -174,12 +173,6 @@ def _import(chain: SnapshotChain, items: Sequence[_Item], tags: Sequence[str]) -
         if content.sha256 != item.sha256:
             raise UsageError(f"{item.path}: it changed while it was imported", kind="file_changed")
         facts = usual.facts(content.state, item.path)  # now with values that are tensors of one number
-        source = {
-            "name": item.path.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")[:1000],
-            "format": content.format,
-            "sha256": content.sha256,
-            "size_bytes": content.size_bytes,
-        }
         snapshot = save(
             content.state,
             chain,
@@ -188,7 +181,7 @@ def _import(chain: SnapshotChain, items: Sequence[_Item], tags: Sequence[str]) -
             step=facts.step,
             epoch=facts.epoch,
             batch=facts.batch,
-            config={_IMPORTED: source},
+            config=content.origin(),
         )
         item.facts, item.outcome, item.snapshot = facts, _DONE, snapshot.id
         made[item.sha256] = snapshot.id

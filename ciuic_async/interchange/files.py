@@ -26,6 +26,9 @@ FORMATS = {
 }
 """What a file's name says of its format."""
 
+IMPORTED = "imported"
+"""The item of a snapshot's config that says which file it was made from."""
+
 
 def format_of(path: Path) -> str:
     """The format that a file's name means.
@@ -72,6 +75,17 @@ class Content:
     sha256: str
     size_bytes: int
     state: Any = field(repr=False)
+
+    def origin(self) -> dict[str, Any]:
+        """For a snapshot's config: which file it was made from. Export and later imports go by it."""
+        return {
+            IMPORTED: {
+                "name": self.path.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")[:1000],
+                "format": self.format,
+                "sha256": self.sha256,
+                "size_bytes": self.size_bytes,
+            }
+        }
 
 
 def read(path: Path, *, load_data: bool = True) -> Content:

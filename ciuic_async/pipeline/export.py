@@ -11,9 +11,6 @@ from typing import Any, Protocol
 from ciuic_async.errors import CiuicWarning
 from ciuic_async.interchange import files, usual
 
-IMPORTED = "imported"
-"""The item of a snapshot's config that says which file it was made from."""
-
 
 class Described(Protocol):
     """What is recorded about the origin of an export."""
@@ -68,7 +65,7 @@ def export(state: Any, path: Path, snapshot: Described, *, overwrite: bool = Tru
 
 def was_imported(snapshot: Described) -> bool:
     """Whether a snapshot is what ``ciuic import`` made of a file."""
-    return isinstance((snapshot.config or {}).get(IMPORTED), dict)
+    return isinstance((snapshot.config or {}).get(files.IMPORTED), dict)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
