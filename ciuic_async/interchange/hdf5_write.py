@@ -24,31 +24,13 @@ from ciuic_async.capture.tensors import DTYPE_NAMES, Sources, TensorCollector
 from ciuic_async.format import jsontext
 from ciuic_async.format.manifest import Node, Path
 from ciuic_async.handoffs import PlannedTensor, Region
+from ciuic_async.interchange.hdf5_names import DTYPE, FORMAT, NATIVE, TREE, VERSION, stored_as
 from ciuic_async.interchange.tensors import elements
-
-TREE = "ciuic.tree"
-DTYPE = "ciuic.dtype"
-FORMAT = "ciuic.format"
-VERSION = 1
-
-NATIVE: dict[str, str] = {
-    **{name: f"<u{int(name[4:]) // 8}" for name in ("uint8", "uint16", "uint32", "uint64")},
-    **{name: f"<i{int(name[3:]) // 8}" for name in ("int8", "int16", "int32", "int64")},
-    **{name: f"<f{int(name[5:]) // 8}" for name in ("float16", "float32", "float64")},
-    "complex64": "<c8",
-    "complex128": "<c16",
-}
-"""Element types that HDF5 has, and how numpy calls them; the others are unsigned integers of their size."""
 
 _ATTRIBUTE_BYTES = 32 << 10
 _ATTRIBUTES = 256
 """Of one group: they are a convenience, and the tree has all of them."""
 _LIBRARY_VERSIONS = ("v110", "v114")
-
-
-def stored_as(dtype: str, item_bytes: int) -> str:
-    """How numpy calls the elements of the dataset of a tensor."""
-    return NATIVE.get(dtype, f"<u{item_bytes}")
 
 
 class _Datasets(TensorCollector):

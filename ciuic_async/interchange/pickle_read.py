@@ -31,9 +31,11 @@ from ciuic_async.interchange.pickle_names import (
 from ciuic_async.interchange.tensors import STORAGE_DTYPES
 
 _MAX_KEY_DEPTH = 8
-_MAX_TUPLE_KEYS = 10_000
-"""Tuples of integers can be made to collide, and a dict of those takes forever."""
+_MAX_ODD_KEYS = 10_000
+"""Long integers and tuples can be made to collide, and a dict of those takes forever."""
 _MAX_KEY_ITEMS = 64
+_ODD_KEYS = frozenset({tuple, complex, torch.Size})
+_KEYS = _ODD_KEYS | {str, int, float, bool, type(None), bytes, torch.dtype, torch.device, torch.layout}
 _MAX_INT_BYTES = 1024
 
 
@@ -65,7 +67,7 @@ class PickleReader:
         self._at = 0
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._tuple_keys = 0
+        self._odd_keys = 0
         self._loaded: dict[str, torch.UntypedStorage] = {}
 
     def load(self) -> Any:
@@ -184,17 +186,17 @@ class PickleReader:
     def key(self, key: Any, depth: int = 0) -> Any:
         """A key that can be hashed in bounded time."""
         kind = type(key)
-        if kind is int:
-            if not -(2**63) <= key < 2**64:
-                raise self.malformed("a key is an integer of more than 64 bits")
-        elif kind is tuple:
-            self._tuple_keys += 1
-            if depth >= _MAX_KEY_DEPTH or self._tuple_keys > _MAX_TUPLE_KEYS or len(key) > _MAX_KEY_ITEMS:
-                raise self.malformed("too many or too long tuples as keys, or nested too deep")
+        if kind not in _KEYS:
+            raise self.malformed(f"a {kind.__name__} is a key")
+        if kind in _ODD_KEYS or (kind is int and not -(2**63) <= key < 2**64):
+            self._odd_keys += 1
+            if self._odd_keys > _MAX_ODD_KEYS:
+                raise self.malformed(f"more than {_MAX_ODD_KEYS} keys that are tuples or long numbers")
+        if kind is tuple:
+            if depth >= _MAX_KEY_DEPTH or len(key) > _MAX_KEY_ITEMS:
+                raise self.malformed("a tuple that is a key is too long, or nested too deep")
             for item in key:
                 self.key(item, depth + 1)
-        elif kind not in (str, float, bool, type(None), bytes, complex, torch.Size, torch.dtype, torch.device):
-            raise self.malformed(f"a {kind.__name__} is a key")
         return key
 
     # --- operations ---------------------------------------------------------------------------------------------------

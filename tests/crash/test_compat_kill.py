@@ -19,7 +19,7 @@ from ciuic_async import SnapshotChain
 from ciuic_async.compat import CiuicSnapshotChain
 from tests.crash.faults import LONG
 
-LIVES = 40 if LONG else 5
+LIVES = 40 if LONG else 3
 
 COMMON = """
 import hashlib, json, os, torch
@@ -113,6 +113,7 @@ import json, os, random, runpy, signal, sys, warnings
 import torch
 import ciuic_async.compat
 torch.set_num_threads(1)
+torch.optim.SGD([torch.zeros(1)])  # the first one loads half of torch
 warnings.simplefilter("error")
 draw = random.Random(int(sys.argv[2]))
 
@@ -137,7 +138,7 @@ def life(folder, lines):
     return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 reference = life("whole", None)
-lives = [life("killed", draw.randrange(2, 15)) for _ in range(int(sys.argv[3]))] + [life("killed", None)]
+lives = [life("killed", draw.randrange(3, 18)) for _ in range(int(sys.argv[3]))] + [life("killed", None)]
 print(json.dumps({"reference": reference, "lives": lives}))
 """
 

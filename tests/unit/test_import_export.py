@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import io
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,13 @@ import ciuic_async
 from ciuic_async import Checkpointer, SnapshotChain
 from ciuic_async.cli.main import main
 from ciuic_async.errors import CiuicError, CiuicWarning, IntegrityError, NotFoundError, StoreError, UsageError
-from ciuic_async.interchange import files, limits, usual
+from ciuic_async.interchange import files, hdf5_read, limits, usual
 from ciuic_async.interchange.torch_file import read_torch_file
 from tests.strategies import State, fingerprint, trees
 
 FORMATS = (".pt", ".pth", ".safetensors", ".h5", ".hdf5")
 own_folder = settings(
-    max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
@@ -720,6 +722,84 @@ def test_hostile_hdf5_files_are_refused(make: Callable[[h5py.File], None], kind:
     assert caught.value.kind == kind, str(caught.value)
     assert "42" not in str(caught.value)
     assert _peak_bytes() - before < 600 << 20
+
+
+# An ordinary file in which a few bytes were changed, zlib, base64.
+CRASHES = (
+    "eNrtmW1MU1cYx8+5L+2l7yWIpVRelCgq65Q1pjDCLlDelMDVMVPRIAglFRsYUl3HMiyFQpwJdiFb+OC0zrhkH8ZcTIxZFlPGwH0wZksIW5bFgA"
+    "kL2RKG2UuWLdHd9p5T24vywWWJm+f3obfP+d/znNPnnvvce56ernFUaVVmFYjCcYABBpDIA8SYNdnGegtYm4Yaxz5KM09tjFk0LXMrR0UBGNUV"
+    "adFPyGA3sHUPlL5hBWKlZ/v6ZIXCivdFE/p6CPzLeH5rM0IxeNFZ4UENKJRj6ZI9jtob91VWirNbFQPsK5OVjhwgPIvUVJYJ0aMzvo4krtLJ5/"
+    "XhdY77/cNxIVBIviC2pZUModSwhMbHR1rUo4ox5yW0VnlgUwPbA6SzYmtUp2gq5kANhJgNkU7FdAh63Sc6Ojyu+HqHqL3d1eFp9boATgI0ioR4"
+    "rrfN7Tr+QiG+T6R50hTVppCa2pNvnx1PFI+X6xscMDYbCTVD1uaTEM13EKjA6kz3aMZ00nEPeHgxE+H00rEW2V/KrxvSi5FdAJP1c0gvQnZIps"
+    "8hXUD2rzJdj27ICmQ7qWT9sEz/TKa/j/RyZOfI7utFWf8hmb7FmGxjnTwvCAQCgfBfxtfc1mJiLwGtzeDXaZXcXb3GQm1MLVTt3tZpbiruUwxX"
+    "zWz+oOOH9Hf3z+26dvJ3nW50tL7+9m2rdWKiq2t5OSvr/Pnm5jt3Sktv3Ojvv38f8gaOKeMNGiaXN6iYVt6gY4x8BNiCc+JDeLgWXPjrGBp0k8"
+    "5us0ROr7OkmtMtPn7rhhRmL2/QMjt5g5rp4Q16JkUIcWytENKwW4WQij0qhHRshjDPKwH4Lnh0Z+3Bc83YVb49z1ZgX/G3N/GTkdyci+HWzwNa"
+    "pbXkD//ZCynsASGkZYuEkJp9XQjpWdYdNmjTcqFSfGt5p6D7w7PbN51BjrSW6yvz9KA/MFDBl5dNDbGZ7snnqcARmxBQ7P6azzDnV9Pr3JEB8b"
+    "Xpl4nXiqoLL1vwFLh8k53JS7PVOa8sRILKbPfkxw76FXfYrJ0NDzTZhBHFjwOxjif2nvzo6hszh/GQSb0kH5oCS0nsMmwzF2++5bxyZGqU3mL9"
+    "3rdyd0p/fPGnt3kaflUDbAtA5wVAY+5jTbPB1PhPsPcszAyuz+7f8SpXk+82Oe0+xpHXntZo89aNf9IyPbxhNtQdCHRQ4SBwT9OWJXG7c6n/uU"
+    "hjWzV2UeK7t6CkR/xDgeGB4GA17yivKqusuDmUod7v+bZn/otgpuiCDeyiwu+BpRwQdeFcPrWo//PaLRyOx42trD90/d789Ej2bOjnPPAp5++i"
+    "wkou6uHyzTcv1nrmdHgSa3cX12mq6GKS7kvxl1LhbFXURSc8deCbgyYrkG3XqPi2Bm+XxFffrGSNQCAQnimMqM7TizLlGMqQGlTHgWJ61Ii73W"
+    "O4PsaBeP0pMcHixKqJt1MgTTyzF7VnQBgbyRDvwyX1ZxIScqxuJabotepjTEI/XK+Cj5hfvC5GSXWxeP0KdqKdfY4sIqGn8jqtjgcni79UH3xc"
+    "nB/GAcji8JYxufKJGSc3B4FAIPyPqa5oqIMJ6R/Knqtel8+buElCf5cCt8vj6U7wE9GTWBIIBAKBQCAQCAQCgfC08jcNsHA5"
+)
+HANGS = (
+    "eNrtmm1MW1UYx8+5L/TS9xLGSul42cjGNqwbNktBghcobxuBu4lLxxYGg5KONSCjzIqRlUIh04TVEA0f5ta5zMQP4sySZTFmKSLMD8uiCUFjzA"
+    "JLMEQTZPElRpPN295zuvYifMBo1J3fB26f87/nOafPPfe59zz0XLW9UqM0KUEEjgMM0IN4HiHGLIk21pvB+tRX2w9R6nlqa9SiaZlbOUoKwIie"
+    "lBr5CxnsBrYcgNInrECsdO/enKhQWPE8a0Qfj4G/GffPrQYoBi8yKzyoHoVyLE2yx1F7w6GKCnF2q2KAfWWw0pEDhCeR6opSIXJ0xNaRxHU68b"
+    "w+vM5xv784LgRJki+IbWklQyg1LKHx8ZEW9YhiyH4OrVUeWFXA+gjprNga0SmaijpQASFqQ6RTUR2CHldve7vbGVvvELW3OdvdLR4nwEmARpEQ"
+    "z/W0upynnynA94k0T5qiWpOkprbE22fPhuLxfF29HUZnI6FiyNrcCJF8B4FyVb7rXeP8Ma10PAAeX8x4OJ10rEH2Z/LrhvQiZOfDRP0C0guRHZ"
+    "Tpc0gXkP2TTNehG7Ic2Q4qUT8u0z+W6e8gvQzZ2bL7elHWf0im7zAk2lgnzwsCgUAg/JfxNrU2G9krQGPV+7QaBXdfpzZTW1MKlPt3dZgai/qS"
+    "hitntr/b/m3aW4fn9t0484tWOzpaV3f3rsUyMdHZubycmXnxYlPTvXslJbdu9fc/fAh5PceU8no1k8PrlUwLr9cyBj4MrIE58SE8XAMu/X4KDb"
+    "pNa7Oaw+c2mVNMaWYvv3NLMnOQ12uYvbxexXTzeh2TLAQ5tkYIqtmdQlDJnhSCWjZdmOcVAHwdOLm35uiFJuwqz5Zrzbet+Noa+clwTvblUMsn"
+    "fo3CUvyr7/ylZPaIENSwhUJQxb4sBHUs6wrpNak5UCG+tbyZ3/Xe+d3bXkeONOabK/P0oM8/UM6XlU4NsRmuyacp/wmr4E/a/wWfbsqroje5wg"
+    "Pia9OPEy8VVhVcNeMpcHlGG5Obaq11XFsIBxRZrskP7PQLrpBJMxsaaLQKI0nfDUQ79h488/71V2aO4yETekk+1Pnm4uhl2GUq2n7Hce3E1Ci9"
+    "w/KNd+X+lO704vdv8DT8vBpYF4DWA4Da1McaZwMpsa9g616YGdyc1b/nRa46z2V02LyMPbcttcHqqR3/sHl6eMtssMvvb6dCAeCaps1L4nbnSv"
+    "9T4YbWKuyi2PtgQUGP+Ib8wwOBwSreXlZZWlF+eyhdddj9Vff8p4EM0QXr30eF3gZL2SDiwrF8dlH32407OBxrja2oO3bzwfz0SNZs8Idc8BHn"
+    "66RCCi7i4ertVy/XuOe0eBLrdxfXaYroYpLuS/aVUKEsZcRFBzx75MujRguQbdeo2LYGb5fEV9/MRI1AIBCeKAyoztODMuUYypBqVMeBYnpUi7"
+    "vdU7g+xoFY/Sk+weLEqo61UyBVPLMHtadDGB1JH+vDJfRn4hJytG4lpuj16mNMXD9cr4J/Mr9YXYyS6mKx+hXsQDv7bFlEgv/K67Q6Hpws/lJ9"
+    "cK04P44DkMXhNUNi5RMzTm4OAoFA+B9TVV5fC+PSP5Q9Vz1Oryd+k4T+XQpcTre7i4SPQCAQCATCRiG/9SAQCAQC4R/lD4uRdd0="
+)
+
+
+@pytest.mark.parametrize(("text", "name"), [(CRASHES, "crashes"), (HANGS, "hangs")], ids=["crash", "hang"])
+def test_what_kills_libhdf5_is_an_error_here(
+    text: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files over which libhdf5 crashes or never ends are typed errors soon, and no process is left."""
+    monkeypatch.setattr(hdf5_read, "_PATIENCE_S", 3.0)
+    path = tmp_path / "x.h5"
+    path.write_bytes(zlib.decompress(base64.b64decode(text)))
+    with pytest.raises(IntegrityError) as caught:
+        files.read(path)
+    assert caught.value.kind == "file_malformed", name
+    assert not Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+
+
+def test_what_a_reader_answers_is_no_more_trusted_than_the_file(tmp_path: Path) -> None:
+    """An answer that points outside of the data, or is none, is refused: the other process may be taken over."""
+    good = {"dtype": "float32", "shape": [4], "offset": 0}
+    node = {"tensor": 0}
+    answers: list[dict[str, Any]] = [
+        {},
+        {"blobs": [good | {"offset": 1}], "trees": [{"key": None, "node": node}], "top": "single"},
+        {"blobs": [good | {"offset": -16}], "trees": [{"key": None, "node": node}], "top": "single"},
+        {"blobs": [good | {"shape": [1 << 60]}], "trees": [{"key": None, "node": node}], "top": "single"},
+        {"blobs": [good | {"shape": [-4]}], "trees": [{"key": None, "node": node}], "top": "single"},
+        {"blobs": [good | {"shape": 4}], "trees": [{"key": None, "node": node}], "top": "single"},
+        {"blobs": [good], "trees": [{"key": None, "node": {"tensor": 7}}], "top": "single"},
+        {"blobs": [good], "trees": [{"key": [], "node": node}], "top": "dict"},
+        {"blobs": [good], "trees": [{"key": "a", "node": node}] * 2, "top": "dict"},
+        {"blobs": [good], "trees": [], "top": "single"},
+    ]
+    with (tmp_path / "data").open("w+b") as file:
+        file.write(bytes(16))
+        file.flush()
+        for answer in answers:
+            with pytest.raises(IntegrityError):
+                hdf5_read._Inflating(answer, file.fileno(), "x.h5", limits.Allowance("x.h5", 1000)).state()
+        whole = {"blobs": [good], "trees": [{"key": None, "node": node}], "top": "single"}
+        state = hdf5_read._Inflating(whole, file.fileno(), "x.h5", limits.Allowance("x.h5", 1000)).state()
+    assert torch.equal(state, torch.zeros(4))
 
 
 def _peak_bytes() -> int:
