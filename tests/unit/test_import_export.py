@@ -153,7 +153,7 @@ def test_what_pt_cannot_hold_is_told(tmp_path: Path) -> None:
     assert fingerprint(files.read(tmp_path / "out.h5").state) == fingerprint(state)
 
 
-@settings(own_folder)
+@settings(own_folder, max_examples=6)
 @given(state=trees())
 def test_hdf5_holds_every_tree_bit_for_bit(state: State, tmp_path: Path) -> None:
     """Types, order, keys and bits of any state tree come back from .h5; its structure alone reads too."""
@@ -163,7 +163,7 @@ def test_hdf5_holds_every_tree_bit_for_bit(state: State, tmp_path: Path) -> None
     assert type(files.read(path, load_data=False).state) is type(state.value)
 
 
-@settings(own_folder, max_examples=5)
+@settings(own_folder, max_examples=3)
 @given(state=st.dictionaries(st.one_of(st.text(max_size=3), st.integers(0, 3), st.booleans()), trees(), max_size=3))
 def test_hdf5_holds_dicts_whatever_their_keys(state: dict[Any, State], tmp_path: Path) -> None:
     """Keys with slashes, dots, NUL, or that read alike (1 and "1") stay apart, in order."""
