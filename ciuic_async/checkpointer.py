@@ -241,8 +241,19 @@ class Checkpointer:
             self._taker.prepare()
         return None
 
-    def save(self, *, metrics: Mapping[str, Any] | None = None, tags: Sequence[str] = ()) -> PendingSnapshot:
+    def save(
+        self,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        step: int | None = None,
+        epoch: Any = None,
+        batch: Any = None,
+    ) -> PendingSnapshot:
         """Take a snapshot now, whatever the schedule says. On return training may go on.
+
+        Args:
+            step, epoch, batch: where training stands, for loops that do not call ``step``; default: what that was told.
 
         Raises:
             UsageError: called in a forked child, after ``close``, or with a tag that is none.
@@ -250,6 +261,10 @@ class Checkpointer:
         if self._inert():
             raise UsageError("save() was called in a forked child process; the checkpointer belongs to its parent")
         checked = check_tags(tags)
+        check_number("step", step, whole=True, zero=True)
+        self._step = self._step if step is None else step
+        if epoch is not None or batch is not None:
+            self._epoch, self._batch = epoch, batch
         self._overlap.finish()
         self._surface_errors()
         return self._take(metrics, checked, self._overlap.gate.take_seen())

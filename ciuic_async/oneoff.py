@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ciuic_async.arguments import check_metrics, check_tags
+from ciuic_async.arguments import check_config, check_metrics, check_number, check_tags, position
 from ciuic_async.chain import Snapshot, SnapshotChain
 from ciuic_async.config.settings import configured
 from ciuic_async.errors import UsageError
 from ciuic_async.events import Listener
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import CHUNK_SIZE_BYTES
+from ciuic_async.format.manifest import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,10 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     codec: str = "auto",
     key: str | os.PathLike[str] | None = None,
+    step: int | None = None,
+    epoch: Any = None,
+    batch: Any = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Store a state tree as the next snapshot of a chain; durable on return.
 
@@ -44,18 +49,26 @@ def save(
         state: any nesting of dicts, lists, tensors and plain values (docs/format.md, section 2). For objects hand over
             their ``state_dict()``.
         url: path, URL or open chain; made if there is none.
+        step, epoch, batch, config: to record with it, as a ``Checkpointer`` does.
 
     Raises:
         UsageError: a value that cannot be stored; names its path. Nothing was written.
         StoreError: the place failed. Earlier snapshots are intact.
     """
     from ciuic_async.capture import training
-    from ciuic_async.capture.state_tree import flatten
+    from ciuic_async.capture.state_tree import encode_plain, flatten
     from ciuic_async.codecs.choose import encoder_for
     from ciuic_async.pipeline.bases import Parent
     from ciuic_async.pipeline.history import Line
     from ciuic_async.pipeline.persist import Persister, SaveRequest
 
+    check_number("step", step, whole=True, zero=True)
+    progress = Progress(
+        step,
+        encode_plain(epoch, "epoch"),
+        encode_plain(batch, "batch"),
+        None if config is None else encode_plain(check_config(config), "config"),
+    )
     encoder, recorded_metrics, recorded_tags = encoder_for(codec), check_metrics(metrics), check_tags(tags)
     captured = flatten(
         state, chunk_size_bytes=CHUNK_SIZE_BYTES
@@ -67,6 +80,10 @@ def save(
         request = SaveRequest(
             snapshot=layout.new_id(),
             plan=captured.plan,
+            step=step,
+            epoch=position(epoch),
+            batch=position(batch),
+            progress=progress,
             metrics=recorded_metrics,
             tags=recorded_tags,
             environment=training.environment(),

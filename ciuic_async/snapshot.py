@@ -204,17 +204,25 @@ class Snapshot:
 
         return read_again(self._store, f"snapshot {self.id}", read)
 
-    def export(self, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None) -> Path:
-        """Write the tensors in another format, chosen by suffix (``.safetensors``). The file appears whole or not.
+    def export(
+        self, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None, overwrite: bool = True
+    ) -> Path:
+        """Write the state in another format, chosen by suffix: ``.safetensors``, ``.pt``, ``.pth``, ``.h5``, ``.hdf5``.
 
-        Tensor names are dotted paths. Plain values go into the file's metadata as far as the format can hold them.
+        The file appears whole or not, and is on stable storage on return. docs/moving.md has what each format holds.
+
+        Args:
+            only: as for ``load``.
+            overwrite: False: a file that is there is a UsageError.
 
         Raises:
-            UsageError: an unknown suffix, or two tensors of one dotted path.
+            UsageError: an unknown suffix, or two tensors of one dotted path where the format has no other names.
+            StoreError: the place refused the file.
         """
-        from ciuic_async.pipeline.export import export
+        from ciuic_async.pipeline.export import check_target, export
 
-        return export(self.load(only=only), Path(path), self)
+        check_target(Path(path), overwrite=overwrite)  # before the state is read
+        return export(self.load(only=only), Path(path), self, overwrite=overwrite)
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.id} step={self.step} {self.created}>"

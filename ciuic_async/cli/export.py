@@ -1,4 +1,4 @@
-"""``ciuic export``: a snapshot's tensors in another format, signed for others if wanted."""
+"""``ciuic export``: a snapshot in another format, signed for others if wanted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from ciuic_async.chain import SnapshotChain
 from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json
 from ciuic_async.errors import UsageError
+from ciuic_async.interchange.files import check_free
 from ciuic_async.pipeline import oms, oms_key
 from ciuic_async.stores.local import LocalStore
 
@@ -24,10 +25,11 @@ _OMS_KEY_HELP = (
 
 
 def add_parser(commands: Subparsers) -> None:
-    parser = add_command(commands, "export", run, "Write a snapshot's tensors as a .safetensors file.")
+    parser = add_command(commands, "export", run, "Write a snapshot as a .safetensors, .pt or .h5 file.")
     parser.add_argument("ref", metavar="REF", help="which snapshot, e.g. latest")
     parser.add_argument("path", metavar="PATH", help="the file to write; its suffix chooses the format")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="dotted paths, e.g. model or 'model.head.*'")
+    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
     parser.add_argument("--oms", action="store_true", help=_OMS_HELP)
     parser.add_argument("--oms-key", metavar="FILE", help=_OMS_KEY_HELP)
 
@@ -39,10 +41,12 @@ def run(args: argparse.Namespace) -> int:
         snapshot = chain.get(args.ref)
         folder = chain.url if isinstance(chain.store, LocalStore) else None
         key = None
+        if not args.force:
+            check_free(Path(args.path))
         if args.oms:  # before the export: a key that will not do is no reason to write gigabytes
             key = oms_key.load_or_create(args.oms_key, chain_folder=folder)
             oms.check_target(Path(args.path))
-        path = snapshot.export(args.path, only=args.only)
+        path = snapshot.export(args.path, only=args.only, overwrite=args.force)
     signature = None if key is None else oms.sign(path, key)
     size = path.stat().st_size
     if args.json:

@@ -21,6 +21,7 @@ from ciuic_async.cli import (
     doctor,
     export,
     gc,
+    import_,
     keys,
     log,
     mirror,
@@ -36,7 +37,24 @@ from ciuic_async.config.settings import reading_files
 from ciuic_async.errors import CiuicError, FormatVersionError, IntegrityError, NotFoundError, UsageError
 from ciuic_async.version import __version__
 
-COMMANDS = (chain, demo, diff, doctor, export, gc, keys, log, mirror, prune, receipt, rollback, show, tag, verify)
+COMMANDS = (
+    chain,
+    demo,
+    diff,
+    doctor,
+    export,
+    gc,
+    import_,
+    keys,
+    log,
+    mirror,
+    prune,
+    receipt,
+    rollback,
+    show,
+    tag,
+    verify,
+)
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTEGRITY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from contextlib import suppress
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from ciuic_async.errors import StoreError, UsageError
+from ciuic_async.errors import CiuicWarning
+from ciuic_async.interchange import files, usual
 
 
 class Described(Protocol):
@@ -23,56 +21,55 @@ class Described(Protocol):
     @property
     def step(self) -> int | None: ...
 
+    @property
+    def epoch(self) -> int | str | None: ...
 
-def export(state: Any, path: Path, snapshot: Described) -> Path:
-    """Write ``state``'s tensors to ``path``; its suffix chooses the format.
+    @property
+    def batch(self) -> int | str | None: ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any] | None: ...
+
+
+def export(state: Any, path: Path, snapshot: Described, *, overwrite: bool = True) -> Path:
+    """Write ``state`` to ``path``; its suffix chooses the format (docs/moving.md has what each can hold).
+
+    A snapshot that was imported from a file is written as it was in there; of others a ``.pt`` file has the usual keys.
+    What the format cannot hold as it is becomes something like it, and is told in a CiuicWarning.
+
+    Args:
+        overwrite: False: a file that is there stays.
 
     Raises:
-        UsageError: kind ``unknown_format`` or ``duplicate_name``.
+        UsageError: kind ``unknown_format``, ``file_exists``, ``duplicate_name`` or ``unsupported_type``.
         StoreError: the place refused the file.
     """
-    if path.suffix != ".safetensors":
-        raise UsageError(
-            f"{path}: unknown export format {path.suffix!r}; use a name that ends in .safetensors",
-            kind="unknown_format",
-        )
-    tensors: dict[str, torch.Tensor] = {}
-    plain: dict[str, Any] = {}
-    _collect(state, "", tensors, plain)
-    metadata = {"ciuic.snapshot": snapshot.id, "ciuic.step": json.dumps(snapshot.step), "format": "pt"}
-    if plain:
-        metadata["ciuic.values"] = json.dumps(plain, sort_keys=True)
-    _write_safetensors(tensors, path, metadata)
+    if files.format_of(path) == "torch" and not was_imported(snapshot):
+        progress = {
+            "epoch": snapshot.epoch,
+            "batch": snapshot.batch,
+            "step": snapshot.step,
+            "loss": snapshot.metrics.get("loss"),
+        }
+        state = usual.usual(state, progress)
+    facts = {"ciuic.snapshot": snapshot.id, "ciuic.step": json.dumps(snapshot.step)}
+    changed = files.write(state, path, facts, overwrite=overwrite)
+    if changed:
+        listed = ", ".join(f"{what} ({count} times)" for what, count in sorted(changed.items()))
+        warnings.warn(f"{path}: it cannot hold all as it is: {listed}; .h5 can", CiuicWarning, stacklevel=3)
     return path
 
 
-def _collect(value: Any, path: str, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
-    if isinstance(value, torch.Tensor):
-        if path in tensors:
-            raise UsageError(f"two tensors are called {path!r}; export with only=...", kind="duplicate_name")
-        # safetensors stores no shared memory: each name gets bytes of its own.
-        tensors[path or "tensor"] = value.detach().contiguous().clone()
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _collect(item, f"{path}.{key}" if path else str(key), tensors, plain)
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            _collect(item, f"{path}.{number}" if path else str(number), tensors, plain)
-    elif value is None or isinstance(value, bool | int | float | str):
-        plain[path or "value"] = value
+def was_imported(snapshot: Described) -> bool:
+    """Whether a snapshot is what ``ciuic import`` made of a file."""
+    return isinstance((snapshot.config or {}).get(files.IMPORTED), dict)
 
 
-def _write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A temporary file beside the target, fsync, rename: the target appears whole or not at all."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        save_file(tensors, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except Exception as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise StoreError(f"{path}: cannot export: {error}", kind="export_failed", where=str(path)) from error
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse a target before gigabytes are read. Raises UsageError, as ``export``."""
+    files.check_available(files.format_of(path))
+    if not overwrite:
+        files.check_free(path)

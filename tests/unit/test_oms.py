@@ -77,7 +77,7 @@ def test_the_official_verifier_accepts_an_export(chain: str, out: Path, capsys: 
     assert Path(found["key"] + ".pub").read_text() == found["public_key"]
     assert stat.S_IMODE(Path(found["key"]).stat().st_mode) == 0o600
     assert verifies(model, found["key"] + ".pub")
-    assert export(capsys, chain, model)[1]["public_key"] == found["public_key"]
+    assert export(capsys, chain, model, "--force")[1]["public_key"] == found["public_key"]
     assert verifies(model, found["key"] + ".pub")
     assert verifies(model.rename(out / "renamed.safetensors"), found["key"] + ".pub")
     assert sorted(item.name for item in out.iterdir()) == ["model.sig", "renamed.safetensors"]
