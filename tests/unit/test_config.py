@@ -409,7 +409,11 @@ def test_the_key_in_the_environment_counts_for_more_than_the_file(monkeypatch: p
             SnapshotChain.__init__,
             {"self", "url", "create", "run", "trust", "previous", "mirror", "storage_options"},
         ),
-        ("save", ciuic_async.save, {"state", "url", "tags", "metrics", "key"}),
+        (
+            "save",
+            ciuic_async.save,
+            {"state", "url", "tags", "metrics", "key", "step", "epoch", "batch", "config"},
+        ),
     ],
 )
 def test_the_table_is_the_signatures(reader: str, call: object, others: set[str]) -> None:
