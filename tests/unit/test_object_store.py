@@ -366,6 +366,41 @@ def test_a_completion_whose_answer_was_lost(spoiled: Store, store: Store, proxy:
     assert store.read(SEGMENT, 20 * MIB) == b"abcdefgh" * (17 * MIB // 8)
 
 
+# --- what the place can do --------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_somebody_sweeps_is_tried_again(
+    spoiled: Store, store: Store, proxy: seaweed.Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gc that removes the trial's name between its two creates does not make the place look like one that cannot
+    create once: slots would be overwritten."""
+    monkeypatch.setattr(object_store._process, "orders_writers", {})
+    seen: list[str] = []
+
+    def sweep(request: seaweed.Request) -> bool:
+        if request.command == "PUT" and request.path.partition("?")[0].endswith("/once"):
+            seen.append(request.path)
+            if len(seen) == 2:
+                assert store.sweep_unpublished(0) == 1
+        return False
+
+    proxy.spoil = sweep
+    assert spoiled.capabilities.orders_writers
+    assert len(seen) > 2
+
+
+def test_a_listing_has_an_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that lists more than any chain can have is an error with a kind, and takes no more memory."""
+    for number in range(4):
+        store.overwrite(layout.segment(A, 0, number), b"x")
+    monkeypatch.setattr(object_store, "_LISTED_LIMIT", 4)
+    assert len(list(store.list(layout.SEGMENTS))) == 4
+    monkeypatch.setattr(object_store, "_LISTED_LIMIT", 3)
+    with pytest.raises(StoreError) as caught:
+        list(store.list(layout.SEGMENTS))
+    assert caught.value.kind == "too_many_objects"
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
