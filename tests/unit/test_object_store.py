@@ -161,7 +161,8 @@ def test_reading_outlives_a_storm(spoiled: Store, proxy: seaweed.Proxy) -> None:
 
 
 def test_a_server_that_lies_about_sizes(spoiled: Store, proxy: seaweed.Proxy) -> None:
-    """A body larger than the limit is not read, whatever the server says; neither is all where a range was asked."""
+    """A body larger than the limit is not read, whatever the server says; neither is all where a range was asked: that
+    is asked for again, and where the answer is never the range it is an error with a kind."""
     spoiled.create(SEGMENT, b"0123456789")
 
     def huge(request: seaweed.Request) -> bool:
@@ -176,9 +177,16 @@ def test_a_server_that_lies_about_sizes(spoiled: Store, proxy: seaweed.Proxy) ->
     with pytest.raises(IntegrityError) as caught:
         spoiled.read(SEGMENT, 100)
     assert caught.value.kind == "file_too_large"
+    found = bytearray(3)
     proxy.spoil = first(1, "GET", huge)
-    with pytest.raises(StoreError):
-        spoiled.read_into(SEGMENT, 2, memoryview(bytearray(3)))
+    spoiled.read_into(SEGMENT, 2, memoryview(found))
+    assert found == b"234"
+    proxy.spoil = huge
+    impatient = resolve(spoiled.url, {**proxy.options, "retry_timeout": "0.4"})
+    with pytest.raises(StoreError) as refused:
+        impatient.read_into(SEGMENT, 2, memoryview(found))
+    assert refused.value.kind == "bad_answer"
+    impatient.close()
 
 
 # --- capabilities -----------------------------------------------------------------------------------------------------
