@@ -17,6 +17,7 @@ from ciuic_async.keeper.offer import Offer
 from ciuic_async.pipeline.bases import Parent
 from ciuic_async.pipeline.restore import restore_objects
 from ciuic_async.pipeline.spoilt import read_again
+from ciuic_async.stores.fallback import out_of_reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,18 @@ class Resumer:
             try:
                 return self._restored(snapshot, strict, tuple(skipped), offers)
             except (IntegrityError, StoreError) as error:
-                if isinstance(error, StoreError) and error.kind != "eio":
-                    raise  # no permission, too many files, ...: the newest state is not lost, only out of reach
+                # No permission, too many files, a mirror that does not answer and alone has what is missing here: the
+                # newest state is not lost, only out of reach.
+                cause = out_of_reach(error)
+                if cause is error:
+                    raise
+                if cause is not None:
+                    raise StoreError(
+                        f"{error}. It is not known to be lost: try again when that place answers, or name an older "
+                        "snapshot",
+                        kind=cause.kind,
+                        where=cause.where,
+                    ) from error
                 failure = failure or error
                 skipped.append((snapshot.id, str(error)))
                 self._warn(f"snapshot {snapshot.id} (step {snapshot.step}) is damaged and was passed over: {error}")

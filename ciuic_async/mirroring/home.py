@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
+from typing import TypeVar
 
-from ciuic_async.errors import CommitConflictError, IntegrityError, StoreError
+from ciuic_async.errors import CommitConflictError, IntegrityError, NotFoundError, StoreError
 from ciuic_async.events import logger
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import ChainFile
@@ -25,8 +26,11 @@ from ciuic_async.pipeline.history import live_snapshots, the_line
 from ciuic_async.segments.whole import check_segment
 from ciuic_async.stores.base import Store
 from ciuic_async.stores.fallback import FallbackStore
+from ciuic_async.stores.wrappers import Wrapper
 from ciuic_async.transparency import note, slots
 from ciuic_async.transparency.log import Log, LogHead
+
+T = TypeVar("T")
 
 
 def bring_home(local: Store, mirror: Store, data: bytes | None, check_pin: Callable[[Log], None]) -> bytes | None:
@@ -43,7 +47,8 @@ def bring_home(local: Store, mirror: Store, data: bytes | None, check_pin: Calla
 
     Raises:
         StoreError: there is no chain here, and the mirror cannot be asked. (With a chain here that is logged, and
-            training goes on.)
+            training goes on.) Or the mirror has more than the chain here, and broke off: a chain that went on from
+            here would be another history.
         UsageError: kind ``mirror_of_another``.
         IntegrityError: the mirror's log does not hold, or contradicts the pin. Nothing was written.
     """
@@ -84,8 +89,19 @@ def bring_home(local: Store, mirror: Store, data: bytes | None, check_pin: Calla
                 check_pin(there)
             _bring_log(local, mirror, here, there)
         if len(here):
-            publish_derived(there, here, mirror, local, lambda: None)  # who brought it home before may have died here
+            _publish_home(local, mirror, here, there)
     return found
+
+
+def _publish_home(local: Store, mirror: Store, here: Log, there: Log) -> None:
+    """Tiles, head and evidence: who brought the slots home before may have died then.
+
+    All can be made again, so a mirror that falls silent here keeps no chain closed.
+    """
+    try:
+        publish_derived(there, here, _Asked(mirror), local, lambda: None)
+    except _SilentError as error:
+        logger.warning("%s: what follows from the log did not come home: %s", mirror.url, error)
 
 
 def _check_first_entry(mirror: Store, there: Log, found: bytes) -> None:
@@ -108,7 +124,7 @@ def _check_first_entry(mirror: Store, there: Log, found: bytes) -> None:
 def _bring_log(local: Store, mirror: Store, here: Log, there: Log) -> None:
     lost = len(there) - len(here)
     known = {key_id: note.parse_vkey(vkey) for key_id, vkey in there.known_keys().items()}
-    sender = Sender(mirror, local)
+    sender = Sender(mirror, local, home=True)
     for line in live_snapshots(there):
         with suppress(SourceError):  # damaged there: what is good of the chain comes home all the same
             sender.descriptions(line.entry)
@@ -122,6 +138,20 @@ def _bring_log(local: Store, mirror: Store, here: Log, there: Log) -> None:
         at += len(slot.entries)
     here.refresh()
     logger.warning("%s: %d entries were missing here and were brought home from %s", local.url, lost, mirror.url)
+
+
+class _SilentError(Exception):
+    """The mirror failed; not the chain's own place."""
+
+
+class _Asked(Wrapper):
+    """A mirror whose failures can be told from those of the chain's own place."""
+
+    def _call(self, method: str, name: str, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except StoreError as error:
+            raise _SilentError(str(error)) from error
 
 
 class Homing:
@@ -144,7 +174,7 @@ class Homing:
         self._pair = pair
         self._log = log
         self._between = between
-        self._sender = Sender(pair.there, pair.here, pause=pause)
+        self._sender = Sender(pair.there, pair.here, pause=pause, home=True)
         self._looked = False
 
     @property
@@ -180,9 +210,22 @@ class Homing:
             sizes[owner] = sizes.get(owner, 0) + file.size_bytes
         return any(sizes.get(entry.snapshot, 0) < entry.stored_bytes for entry in entries)
 
+    def _is_whole(self, entry: SnapshotEntry, healed: frozenset[str]) -> bool:
+        """Whether all of a snapshot is here, and nothing of it was found damaged: then the mirror is not asked."""
+        here = self._pair.here
+        try:
+            segments = {segment.path: segment.size_bytes for segment in resolve(here, entry).segments}
+        except (IntegrityError, NotFoundError):
+            return False
+        if any(name in segments or layout.owner(name) == entry.snapshot for name in healed):
+            return False
+        return all(here.size(name) == size_bytes for name, size_bytes in segments.items())
+
     def _bring(self, entry: SnapshotEntry, healed: frozenset[str]) -> None:
         """One snapshot. What is damaged in the mirror, or gone there, stays away; reading it will say so."""
         here = self._pair.here
+        if self._is_whole(entry, healed):
+            return
         try:
             for name in healed:
                 if layout.owner(name) == entry.snapshot and not name.startswith(layout.SEGMENTS):

@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from ciuic_async.errors import CiuicError, CommitConflictError, IntegrityError, NotFoundError, StoreError
+from ciuic_async.errors import (
+    CiuicError,
+    CommitConflictError,
+    FormatVersionError,
+    IntegrityError,
+    NotFoundError,
+    StoreError,
+)
 from ciuic_async.format import layout, locator, manifest
 from ciuic_async.format.entry import SnapshotEntry
 from ciuic_async.format.locator import SegmentReference
 from ciuic_async.pipeline.commit import Resolved, locator_generations, read_checked, read_root, resolve
+from ciuic_async.pipeline.spoilt import read_again
 from ciuic_async.segments.whole import check_segment
 from ciuic_async.stores.base import Store
 
@@ -31,8 +39,13 @@ class SourceError(Exception):
 
 @contextmanager
 def _reading_source() -> Iterator[None]:
+    """Tells what is lost at the source from what is only out of reach: that is not left out, but tried again."""
     try:
         yield
+    except StoreError as error:
+        if error.kind != "eio":  # a disk that cannot read what it holds has lost it
+            raise
+        raise SourceError(error) from error
     except CiuicError as error:
         raise SourceError(error) from error
 
@@ -43,15 +56,24 @@ class Sender:
     Args:
         pause: called between parts; what it raises ends the sending, and nothing of the file is visible then.
         read_back: read every segment again where it arrived, and check every byte.
+        home: the target is the chain itself. Locators are not signed: one that is good there is never exchanged for
+            what the other copy has under its name.
     """
 
     def __init__(
-        self, source: Store, target: Store, *, pause: Callable[[], None] = lambda: None, read_back: bool = False
+        self,
+        source: Store,
+        target: Store,
+        *,
+        pause: Callable[[], None] = lambda: None,
+        read_back: bool = False,
+        home: bool = False,
     ) -> None:
         self._source = source
         self._target = target
         self._pause = pause
         self._read_back = read_back
+        self._home = home
         self._buffer = memoryview(bytearray(0))
         self.sent_bytes = 0
 
@@ -60,19 +82,21 @@ class Sender:
 
         Raises:
             SourceError: something of it is missing or damaged at the source.
-            StoreError, IntegrityError: the target failed.
+            StoreError: the source is out of reach, or the target failed.
+            IntegrityError: the target failed.
         """
-        with _reading_source():
-            found = resolve(self._source, entry)
+        found = self._resolved(entry)
         for segment in found.segments:
             self.segment(segment)
         self._descriptions(found)
 
     def descriptions(self, entry: SnapshotEntry) -> None:
         """Manifest and locators alone. Errors as ``snapshot``."""
+        self._descriptions(self._resolved(entry))
+
+    def _resolved(self, entry: SnapshotEntry) -> Resolved:
         with _reading_source():
-            found = resolve(self._source, entry)
-        self._descriptions(found)
+            return read_again(self._source, f"snapshot {entry.snapshot}", lambda: resolve(self._source, entry))
 
     def _descriptions(self, found: Resolved) -> None:
         entry = found.entry
@@ -87,9 +111,21 @@ class Sender:
         distinct = found.manifest.distinct_chunks()
         for generation in generations:
             name = layout.locator(entry.snapshot, generation)
+            if self._home and self._has_locator(name, generation, found):
+                continue
             with _reading_source():
                 data = self._source.read(name, locator.limit_bytes(len(distinct)))
             self._small(name, data)
+
+    def _has_locator(self, name: str, generation: int, found: Resolved) -> bool:
+        """Whether the target has it, and it can be one of this snapshot."""
+        distinct = found.manifest.distinct_chunks()
+        try:
+            data = self._target.read(name, locator.limit_bytes(len(distinct)))
+            locator.decode(data, found.entry.snapshot, generation, distinct)
+        except (NotFoundError, IntegrityError, FormatVersionError):
+            return False
+        return True
 
     def segment(self, reference: SegmentReference) -> None:
         """One segment, unless it is there. Every byte is checked before it is sent. Errors as ``snapshot``."""
@@ -97,7 +133,7 @@ class Sender:
         if self._settle(name, size):
             return
         with _reading_source():
-            check_segment(self._source, reference)
+            read_again(self._source, name, lambda: check_segment(self._source, reference))
         self._stream(name, size)
         if self._target.size(name) != size:
             raise _lost(self._target, name, size)

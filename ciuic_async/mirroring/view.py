@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from ciuic_async.errors import NotFoundError, StoreError
 from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer
-from ciuic_async.stores.base import Listed, Store, Unpublished
+from ciuic_async.stores.base import Capabilities, Listed, Store, Unpublished
 
 _BY_THEIR_WORD = (layout.SLOTS + "/", layout.LOG_HEAD, layout.WITNESSED, layout.RECEIPTS + "/", layout.CHAIN_FILE)
 """What says how far the mirror is: only its own files tell. All else is checked against these, whoever gives it."""
@@ -29,7 +29,11 @@ class MirrorView:
     def __init__(self, local: Store, mirror: Store) -> None:
         self._local = local
         self._mirror = mirror
-        self.capabilities = mirror.capabilities
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Of the mirror. Asked when it is wanted: that writes there, and waits for a mirror that does not answer."""
+        return self._mirror.capabilities
 
     @property
     def url(self) -> str:

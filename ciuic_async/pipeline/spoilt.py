@@ -11,6 +11,7 @@ from typing import TypeVar
 from ciuic_async.errors import IntegrityError
 from ciuic_async.events import logger
 from ciuic_async.stores.base import Store
+from ciuic_async.stores.fallback import FallbackStore
 from ciuic_async.stores.local import LocalStore
 
 T = TypeVar("T")
@@ -26,10 +27,16 @@ def read_again(store: Store, what: str, read: Callable[[], T]) -> T:
         IntegrityError: what the last try found.
     """
     for attempt in range(1, TRIES):
-        if isinstance(store, LocalStore):
+        if _is_local(store):
             break
         try:
             return read()
         except IntegrityError as error:
             logger.warning("%s did not come as it was written (try %d of %d): %s", what, attempt, TRIES, error)
     return read()
+
+
+def _is_local(store: Store) -> bool:
+    if isinstance(store, FallbackStore):
+        return _is_local(store.here) and _is_local(store.there)
+    return isinstance(store, LocalStore)

@@ -156,6 +156,14 @@ def settings(place: Place, options: Mapping[str, str] | None) -> Settings:
 
 def _s3(given: dict[str, str]) -> dict[str, str]:
     """Fill in what the environment or a profile says. Keys come all from one source: halves of two fit nothing."""
+    if any(name in given for name in _KEYS):
+        # The client would take the other half from the environment.
+        missing = [name for name in _KEYS[:2] if name not in given]
+        if missing:
+            raise UsageError(
+                f"storage_options: {' and '.join(missing)} is missing: give all keys, or none and a profile",
+                kind="bad_storage_option",
+            )
     found = dict(given)
     wanted = found.pop("profile", None)
     profile = _profile(wanted or os.environ.get("AWS_PROFILE"))

@@ -19,7 +19,7 @@ from ciuic_async.errors import CiuicError, IntegrityError, NotFoundError, StoreE
 from ciuic_async.events import logger
 from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer
-from ciuic_async.stores.base import Listed, Store, Unpublished
+from ciuic_async.stores.base import Capabilities, Listed, Store, Unpublished
 
 T = TypeVar("T")
 
@@ -38,9 +38,13 @@ class FallbackStore:
     def __init__(self, here: Store, there: Store) -> None:
         self.here = here
         self.there = there
-        self.capabilities = here.capabilities
         self._mutex = threading.Lock()
         self._told: set[str] = set()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Of the store here. Asked when it is wanted: a remote place is tried by writing, and readers do not write."""
+        return self.here.capabilities
 
     @property
     def url(self) -> str:
@@ -56,13 +60,13 @@ class FallbackStore:
         """What ``read`` gives of the other copy, after ``error`` here; told of in the log once for each file.
 
         Raises:
-            CiuicError: the error from here, with what the other copy said.
+            CiuicError: the error from here, with what the other copy said, and that as its cause.
         """
         try:
             found = read(self.there)
         except CiuicError as other:
             message = f"{error}; and the copy at {self.there.url}: {other}"
-            raise type(error)(message, kind=error.kind, where=error.where) from error
+            raise type(error)(message, kind=error.kind, where=error.where) from other
         self._tell(error)
         return found
 
@@ -136,6 +140,16 @@ class FallbackStore:
             if len(self._told) < _TOLD_KEPT:
                 self._told.add(name)
         logger.warning("%s: not good here, read from %s instead: %s", name or self.here.url, self.there.url, error)
+
+
+def out_of_reach(error: BaseException) -> StoreError | None:
+    """Why a copy could not be asked, if an error comes of that: then what was to be read is not known to be lost."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StoreError) and cause.kind != "eio":
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def _is_data(name: str) -> bool:

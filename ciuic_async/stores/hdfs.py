@@ -37,7 +37,7 @@ from ciuic_async.errors import (
 from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer
 from ciuic_async.stores.base import Capabilities, DirectFile, Listed, Unpublished, check_name
-from ciuic_async.stores.hdfs_link import Access, Link
+from ciuic_async.stores.hdfs_link import Access, Borrowed, Link
 
 if TYPE_CHECKING:
     from hdfs_native import Client, FileReader, FileStatus, WriteOptions
@@ -155,15 +155,18 @@ class HdfsStore:
         return self._read(_again(whole), name)
 
     def read_into(self, name: str, offset_bytes: int, buffer: memoryview) -> None:
-        path, view = self._visible(name), buffer.cast("B")
+        path, size, target = self._visible(name), buffer.nbytes, Borrowed(buffer.cast("B"))
 
         def fill(client: Client) -> None:
             reader = client.read(path)
-            if len(view) and offset_bytes + len(view) > len(reader):
-                self._truncated(name, min(len(reader), offset_bytes + len(view)), offset_bytes + len(view))
-            self._fill(reader, name, offset_bytes, view)
+            if size and offset_bytes + size > len(reader):
+                self._truncated(name, min(len(reader), offset_bytes + size), offset_bytes + size)
+            self._fill(reader, name, offset_bytes, size, target)
 
-        self._read(_again(fill), name)
+        try:
+            self._read(_again(fill), name)
+        finally:
+            target.take_back()
 
     def open_direct(self, name: str) -> DirectFile:
         """Saves the question where the blocks lie, which every other read asks."""
@@ -362,10 +365,10 @@ class HdfsStore:
                 self._truncated(name, at + len(piece), start + size_bytes)
             yield piece
 
-    def _fill(self, reader: FileReader, name: str, start: int, view: memoryview) -> None:
+    def _fill(self, reader: FileReader, name: str, start: int, size_bytes: int, target: Borrowed) -> None:
         at = 0
-        for piece in self._pieces(reader, name, start, len(view)):
-            view[at : at + len(piece)] = piece
+        for piece in self._pieces(reader, name, start, size_bytes):
+            target.put(at, piece)
             at += len(piece)
 
     def _truncated(self, name: str, end_bytes: int, expected_bytes: int) -> NoReturn:
@@ -503,9 +506,12 @@ class _HdfsDirectFile:
     def read_aligned(self, offset_bytes: int, buffer: memoryview) -> int:
         if self._opened is None:
             raise InternalError(f"{self._name}: read after close", kind="not_open", where=self._name)
-        reader, view = self._opened[1], buffer.cast("B")
-        count = max(0, min(len(view), len(reader) - offset_bytes))
-        self._store._read(lambda _: self._store._fill(reader, self._name, offset_bytes, view[:count]), self._name)
+        reader, target = self._opened[1], Borrowed(buffer.cast("B"))
+        count = max(0, min(buffer.nbytes, len(reader) - offset_bytes))
+        try:
+            self._store._read(lambda _: self._store._fill(reader, self._name, offset_bytes, count, target), self._name)
+        finally:
+            target.take_back()
         return count
 
     def close(self) -> None:

@@ -71,6 +71,26 @@ class _Call(Generic[T]):
             self.error = error
 
 
+class Borrowed:
+    """A caller's memory, for a call that may be left behind: once it is taken back nobody writes to it any more."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._mutex = threading.Lock()
+        self._view: memoryview | None = view
+
+    def put(self, at: int, piece: bytes) -> None:
+        """Copy ``piece`` to offset ``at``. Raises StoreError (kind ``left``): nobody waits for it any more."""
+        with self._mutex:
+            if self._view is None:
+                raise StoreError("the answer came too late", kind="left")
+            self._view[at : at + len(piece)] = piece
+
+    def take_back(self) -> None:
+        """The caller uses it for something else from now on."""
+        with self._mutex:
+            self._view = None
+
+
 class Link:
     """A client that is made at the first call, and made anew after a call that never came back.
 

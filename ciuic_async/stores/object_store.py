@@ -44,6 +44,8 @@ _PUBLISH_THREADS = 8
 _LOCK_WAIT_S = 10.0
 _CLOSE_WAIT_S = 5.0
 _TRIES = 10
+_LISTED_LIMIT = 2_000_000
+"""Objects of one listing: a few hundred MB of memory."""
 _CLIENTS_SHARE = 0.5
 """Of the time for trying again: the client's own tries of one request, which alone can repeat a part of an upload."""
 
@@ -114,7 +116,9 @@ class ObjectStore:
         """What the place can do is tried, by writing, when it is first asked for. Raises StoreError."""
         known = _process.orders_writers.get(self._key)
         if known is None:
-            known = _process.orders_writers[self._key] = self._try_create_once()
+            # Twice before it is denied: whoever sweeps ``tmp/`` between the two creates makes one trial fail.
+            known = self._try_create_once() or self._try_create_once()
+            _process.orders_writers[self._key] = known
         return Capabilities(orders_writers=known)
 
     def initialize(self) -> None:
@@ -194,11 +198,16 @@ class ObjectStore:
         yield from sorted((item for item in found if not _is_hidden(item.name)), key=lambda item: item.name)
 
     def _listed(self, prefix: str) -> builtins.list[Listed]:
-        return [
-            Listed(item["path"], item["size"], item["last_modified"].timestamp())
-            for page in self._client.list(self._remote, prefix or None)
-            for item in page
-        ]
+        found: builtins.list[Listed] = []
+        for page in self._client.list(self._remote, prefix or None):
+            found += [Listed(item["path"], item["size"], item["last_modified"].timestamp()) for item in page]
+            if len(found) > _LISTED_LIMIT:  # a server could go on for ever
+                raise StoreError(
+                    f"{self._where(prefix)}: lists more than {_LISTED_LIMIT} objects: more than a chain can have",
+                    kind="too_many_objects",
+                    where=prefix or self.url,
+                )
+        return found
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

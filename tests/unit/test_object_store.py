@@ -161,7 +161,8 @@ def test_reading_outlives_a_storm(spoiled: Store, proxy: seaweed.Proxy) -> None:
 
 
 def test_a_server_that_lies_about_sizes(spoiled: Store, proxy: seaweed.Proxy) -> None:
-    """A body larger than the limit is not read, whatever the server says; neither is all where a range was asked."""
+    """A body larger than the limit is not read, whatever the server says; neither is all where a range was asked: that
+    is asked for again, and where the answer is never the range it is an error with a kind."""
     spoiled.create(SEGMENT, b"0123456789")
 
     def huge(request: seaweed.Request) -> bool:
@@ -176,10 +177,16 @@ def test_a_server_that_lies_about_sizes(spoiled: Store, proxy: seaweed.Proxy) ->
     with pytest.raises(IntegrityError) as caught:
         spoiled.read(SEGMENT, 100)
     assert caught.value.kind == "file_too_large"
-    proxy.spoil = first(1, "GET", huge)
     found = bytearray(3)
+    proxy.spoil = first(1, "GET", huge)
     spoiled.read_into(SEGMENT, 2, memoryview(found))
-    assert found == b"234", "everything is no answer to a range: it is asked again"
+    assert found == b"234"
+    proxy.spoil = huge
+    impatient = resolve(spoiled.url, {**proxy.options, "retry_timeout": "0.4"})
+    with pytest.raises(StoreError) as refused:
+        impatient.read_into(SEGMENT, 2, memoryview(found))
+    assert refused.value.kind == "bad_answer"
+    impatient.close()
 
 
 # --- capabilities -----------------------------------------------------------------------------------------------------
@@ -365,6 +372,41 @@ def test_a_completion_whose_answer_was_lost(spoiled: Store, store: Store, proxy:
     proxy.spoil = lambda request: "uploadId" in request.path and request.command == "POST" and gone(request)
     spoiled.publish([file])
     assert store.read(SEGMENT, 20 * MIB) == b"abcdefgh" * (17 * MIB // 8)
+
+
+# --- what the place can do --------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_somebody_sweeps_is_tried_again(
+    spoiled: Store, store: Store, proxy: seaweed.Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gc that removes the trial's name between its two creates does not make the place look like one that cannot
+    create once: slots would be overwritten."""
+    monkeypatch.setattr(object_store._process, "orders_writers", {})
+    seen: list[str] = []
+
+    def sweep(request: seaweed.Request) -> bool:
+        if request.command == "PUT" and request.path.partition("?")[0].endswith("/once"):
+            seen.append(request.path)
+            if len(seen) == 2:
+                assert store.sweep_unpublished(0) == 1
+        return False
+
+    proxy.spoil = sweep
+    assert spoiled.capabilities.orders_writers
+    assert len(seen) > 2
+
+
+def test_a_listing_has_an_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that lists more than any chain can have is an error with a kind, and takes no more memory."""
+    for number in range(4):
+        store.overwrite(layout.segment(A, 0, number), b"x")
+    monkeypatch.setattr(object_store, "_LISTED_LIMIT", 4)
+    assert len(list(store.list(layout.SEGMENTS))) == 4
+    monkeypatch.setattr(object_store, "_LISTED_LIMIT", 3)
+    with pytest.raises(StoreError) as caught:
+        list(store.list(layout.SEGMENTS))
+    assert caught.value.kind == "too_many_objects"
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

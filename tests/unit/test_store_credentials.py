@@ -126,6 +126,18 @@ def test_keys_come_from_one_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "session_token" not in given.config
 
 
+@pytest.mark.parametrize("half", ["access_key_id", "secret_access_key", "session_token"])
+def test_half_of_the_keys_is_refused(half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the options have one part of the keys the others are not taken from the environment: it is an error that
+    names what is missing, and no value."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "environment-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "environment-secret")
+    with pytest.raises(UsageError, match="is missing: give all keys") as caught:
+        resolve("s3://bucket/x", {half: WORD})
+    assert caught.value.kind == "bad_storage_option"
+    assert WORD not in str(caught.value)
+
+
 def test_http_only_where_nobody_listens() -> None:
     """http is for this machine; elsewhere it has to be asked for."""
     for host in ("127.0.0.1:9000", "localhost", "[::1]:80"):
@@ -141,7 +153,7 @@ def test_http_only_where_nobody_listens() -> None:
     ("options", "said"),
     [
         ({"acces_key_id": "x"}, "did you mean 'access_key_id'"),
-        ({"access_key_id": CANARY}, "SecretAccessKey is missing"),
+        ({"access_key_id": CANARY}, "secret_access_key is missing"),
         ({"timeout": "soon"}, "timeout is a number of seconds"),
         ({"timeout": "nan"}, "timeout is a number of seconds"),
         ({"retry_timeout": "-1"}, "retry_timeout is a number"),
