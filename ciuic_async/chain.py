@@ -435,6 +435,11 @@ class SnapshotChain:
         if witnessing is not None and witnessing.required:
             witnessing.committed(size)
 
+    @property
+    def policy(self) -> trust_policy.Policy | None:
+        """Whose word counts here, from ``trust``, environment or configuration; None: nobody was named."""
+        return None if self._trust is None else self._trust.policy
+
     def witness_status(self) -> tuple[WitnessStatus, ...]:
         """What is known of each witness that is asked for cosignatures; empty without ``trust``."""
         witnessing = self._witnesses()

@@ -267,7 +267,11 @@ class Checkpointer:
             self._epoch, self._batch = epoch, batch
         self._overlap.finish()
         self._surface_errors()
-        return self._take(metrics, checked, self._overlap.gate.take_seen())
+        pending = self._take(metrics, checked, self._overlap.gate.take_seen())
+        notice = None if self._preemption is None else self._preemption.take()
+        if notice is not None:  # loops that never call step would otherwise be ended in the middle of the next one
+            self._pass_on(notice, pending)
+        return pending
 
     def before_update(self) -> None:
         """Tell that something other than a ``torch.optim.Optimizer`` is about to change tensors: finishes their copy.
@@ -421,15 +425,18 @@ class Checkpointer:
         self, notice: Notice, metrics: Mapping[str, Any] | None, seen: list[Optimizer], due: bool
     ) -> PendingSnapshot:
         """Make the state of this step durable within the grace time, say what is, and pass the signal on."""
-        assert self._preemption is not None
         self._overlap.finish()
         if self._options_skip:
             self._wait_until(notice.deadline_s)  # else there may be no room for this last one
         pending = self._take(metrics, (), seen, due=due)
+        self._pass_on(notice, pending)
+        return pending
+
+    def _pass_on(self, notice: Notice, pending: PendingSnapshot) -> None:
+        assert self._preemption is not None
         self._wait_until(notice.deadline_s)
         _report_leaving(self._writer, notice, pending)
         self._preemption.pass_on(notice)
-        return pending
 
     def _wait_until(self, deadline_s: float) -> None:
         with suppress(TimeoutError):

@@ -7,12 +7,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 from ciuic_async import native
 from ciuic_async.cli import doctor_config, doctor_disk, doctor_forecast
@@ -172,8 +174,27 @@ def _try(url: str, store: Store, findings: list[Finding], size_bytes: int) -> No
     space = room(store.url) if isinstance(store, LocalStore) else None
     if space is not None and space.free_bytes < 4 * size_bytes:
         size_bytes = space.free_bytes // 4 // PIECE_BYTES * PIECE_BYTES  # a trial must not fill a disk
-    with findings_of("write", findings), _trial_store(url, store) as own:
+    with findings_of("write", findings), _leaving_in_order(), _trial_store(url, store) as own:
         findings += Trial(own, size_bytes).run()
+
+
+@contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Being told to leave (``timeout``, a container that ends, a lost terminal) raises: what was tried is removed."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        signals = []
+    for number in signals:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -28,7 +28,10 @@ def add_command(
 
 def print_json(value: object) -> None:
     """Data on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    data = json.dumps(value, indent=2, ensure_ascii=False)
+    if not data.isascii() and any("\ud800" <= character <= "\udfff" for character in data):
+        data = json.dumps(value, indent=2)  # the name of a file that is no UTF-8: escaped, as no output takes it
+    print(data)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> None:

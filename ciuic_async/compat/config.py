@@ -54,12 +54,13 @@ class Config:
     Attributes:
         url: where the chain is.
         storage_options: how to get there, by the names of the object store's client; secrets are in here.
+        compression, retention: None where the file says nothing: then environment and ``ciuic.toml`` count.
         trust: for ``SnapshotChain``; with a parsed policy.
         asks: whether the policy has a witness that can be asked.
     """
 
     url: str
-    compression: str = "auto"
+    compression: str | None = None
     interval: int = 10
     retention: Retention | None = None
     ordering: str | None = None
@@ -88,8 +89,9 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         _warn_of_readers(name)
     storage = values.get("storage_type", "local")
     _choice(name, "storage_type", storage, STORAGE_TYPES)
-    compression = values.get("compression", "auto")
-    _choice(name, "compression", compression, COMPRESSIONS)
+    compression = values.get("compression")
+    if compression is not None:
+        _choice(name, "compression", compression, COMPRESSIONS)
     trust = _trust(values, name)
     policy = None if trust is None else trust["policy"]
     return Config(
@@ -232,8 +234,9 @@ def _trust(values: Mapping[str, Any], name: str) -> dict[str, object] | None:
     """The option ``trust`` of a chain, from the keys ``trust``, ``blockchain_endpoint`` and ``witness_key``."""
     endpoint, key = values.get("blockchain_endpoint"), values.get("witness_key")
     trust: dict[str, object] = dict(values.get("trust", {}))
-    if endpoint is not None and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).netloc):
-        raise _error(name, f"blockchain_endpoint: expected http://host:port, found {endpoint!r:.80}")
+    if endpoint is not None and not _is_http(endpoint):
+        shown = "one with a user in it" if "@" in endpoint else f"{endpoint!r:.80}"
+        raise _error(name, f"blockchain_endpoint: expected http://host:port, found {shown}")
     if key is not None:
         if "policy" in trust or endpoint is None:
             raise _error(name, "witness_key: goes with a blockchain_endpoint, and without a policy in trust")
@@ -250,6 +253,14 @@ def _trust(values: Mapping[str, Any], name: str) -> dict[str, object] | None:
     if trust and "policy" not in trust:
         raise _error(name, "trust: expected a 'policy', or a blockchain_endpoint with its witness_key")
     return trust or None
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are no address
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
 def _policy(value: object) -> Policy:

@@ -14,6 +14,7 @@ from ciuic_async.chain import Snapshot, SnapshotChain
 from ciuic_async.checkpointer import Checkpointer
 from ciuic_async.compat.config import Config, load_config
 from ciuic_async.compat.record import STATES, WHOLE, SnapshotRecord
+from ciuic_async.config.settings import missing, reading_files
 from ciuic_async.errors import IntegrityError, UsageError
 from ciuic_async.events import logger
 from ciuic_async.interchange import files, usual
@@ -91,7 +92,7 @@ class CiuicSnapshotChain:
         snapshot_interval: for the loop to ask (``if batch % chain.snapshot_interval == 0``); nothing here goes by it.
         also: more objects of the training by name: a scheduler, a stateful loader. With a loader that knows its place
             a resumed run is the very same; one that skips batches mostly is not.
-        options: further options of ``Checkpointer``.
+        options: further options of ``Checkpointer``; what is not given comes from environment and ``ciuic.toml``.
         config_path: the JSON file; docs/compat.md lists its keys.
 
     Raises:
@@ -140,28 +141,35 @@ class CiuicSnapshotChain:
                 raise UsageError("with a configuration file everything else stands in there")
             config = load_config(config_path)
             self._live = False
-            self._options: dict[str, Any] = {
-                "codec": config.compression,
-                "keep": config.retention,
-                "staging": "blocking",  # the copy is taken before save_snapshot returns, whoever owns the tensors
-            }
-            chain = _open(config)
+            said = {"codec": config.compression, "keep": config.retention}
+            self._options: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+            self._options["staging"] = "blocking"  # copied before save_snapshot returns, whoever owns the tensors
+            with reading_files():  # this is a training, too: what is wrong for the engine shows now, not hours later
+                missing("Checkpointer", self._options)
+                chain = _open(config)
         else:
             config = Config(os.fspath(save_dir), interval=snapshot_interval)
             check_number("snapshot_interval", snapshot_interval, whole=True)
             self._live = True
-            self._options = options
+            self._options = dict(options)
             self._state = {"model": model, "optimizer": optimizer, **(also or {})}
             for name in ("model", "optimizer"):
                 if not training.is_stateful(self._state[name]):
                     kind = type(self._state[name]).__qualname__
                     raise UsageError(f"{name}: expected state_dict() and load_state_dict(), found a {kind}")
-            chain = _open(config)
+            with reading_files():
+                chain = _open(config, key=self._options.pop("key", None))
             self._counts_steps = self._steps.follow(optimizer)
         self.snapshot_interval = config.interval
         self._config = config
         self._running = _Running(chain, self._steps)
         self._finalizer = weakref.finalize(self, self._running.end)
+        if self._live:
+            try:
+                self._checkpointer()  # an option that is wrong is an error here, and not in the middle of training
+            except BaseException:
+                self._finalizer()
+                raise
 
     # --- the training loop --------------------------------------------------------------------------------------------
 
@@ -324,11 +332,11 @@ class CiuicSnapshotChain:
             state,
             self.chain,
             metrics=metrics,
-            codec=self._options.get("codec", "auto"),
             step=facts.step,
             epoch=facts.epoch,
             batch=facts.batch,
             config=config,
+            **{name: value for name, value in self._options.items() if name == "codec"},
         )
         return self._record(made)
 
@@ -422,7 +430,7 @@ class CiuicSnapshotChain:
         return self._running.checkpointer
 
     def _record(self, snapshot: Snapshot) -> SnapshotRecord:
-        return SnapshotRecord(self.chain, snapshot, self._config.policy)
+        return SnapshotRecord(self.chain, snapshot, self.chain.policy)
 
     def _find(self, reference: Reference) -> SnapshotRecord:
         if isinstance(reference, SnapshotRecord):
@@ -434,9 +442,11 @@ class CiuicSnapshotChain:
         return self._record(self.chain.get(reference))
 
 
-def _open(config: Config) -> SnapshotChain:
+def _open(config: Config, key: Any = None) -> SnapshotChain:
     options: dict[str, Any] = {"storage_options": config.storage_options} if config.storage_options else {}
-    return SnapshotChain(config.url, ordering=config.ordering, trust=config.trust, **options)
+    if config.trust is not None:  # None would be an answer: that nobody's word counts, whatever the environment says
+        options["trust"] = config.trust
+    return SnapshotChain(config.url, key=key, ordering=config.ordering, **options)
 
 
 def _state_of(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ciuic_async.format import layout
 
 NAME, JSON_NAME = "ciuic.toml", "ciuic.json"
 LIMIT_BYTES = 64 << 10
+_MOST_DOTS = 500
 _HINT = f"{CONFIG}= (empty) reads no file"
 
 
@@ -117,6 +118,7 @@ def _read(path: Path, *, named: bool) -> File | None:
             raise _unreadable(path, "not a regular file")
         if not named:
             _check_owner(path, status)
+            _check_link(path)
         data = b""
         while len(data) <= LIMIT_BYTES and (piece := os.read(descriptor, LIMIT_BYTES + 1 - len(data))):
             data += piece
@@ -144,6 +146,18 @@ def _check_owner(path: Path, status: os.stat_result) -> None:
         )
 
 
+def _check_link(path: Path) -> None:
+    """A link that somebody else made may lead to a file of ours, whose paths would then be meant from this folder."""
+    owner = os.lstat(path).st_uid
+    if owner not in (0, os.geteuid()):
+        raise UsageError(
+            f"{path}: it is a link of user {owner}, and was only found here: it is not used unless you name it with "
+            f"{CONFIG}={path}; {_HINT}",
+            kind="config_not_yours",
+            where=str(path),
+        )
+
+
 def _unreadable(path: Path, reason: str) -> UsageError:
     return UsageError(f"{path}: cannot be read: {reason}; {_HINT}", kind="config_unreadable", where=str(path))
 
@@ -154,6 +168,7 @@ def _parse(path: Path, data: bytes) -> File:
         if path.suffix == ".json":
             content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
         else:
+            _check_keys(text)
             content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error) if not isinstance(error, RecursionError | UnicodeDecodeError) else "not text of this form"
@@ -175,6 +190,12 @@ def _parse(path: Path, data: bytes) -> File:
         else:
             values[name] = value
     return File(path, _relative(path), values, _lines(text))
+
+
+def _check_keys(text: str) -> None:
+    """tomllib takes time by the square of a dotted key's parts."""
+    if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+        raise ValueError(f"a line with more than {_MOST_DOTS} dots")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

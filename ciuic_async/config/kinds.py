@@ -64,6 +64,11 @@ def _grace_of(text: str) -> object:
     return flag if isinstance(flag, bool) else _number_of(text)
 
 
+def _policy_of(text: str) -> object:
+    """Shells, and whoever strips a variable, take the last line's end away, without which a policy looks cut off."""
+    return f"{text}\n" if "\n" in text else text
+
+
 def _names_of(text: str) -> object:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -185,7 +190,7 @@ PATTERNS = Kind(
     "list of patterns", 'a list such as ["model.trunk.*"] (in a variable with commas)', _patterns, _names_of
 )
 PATH = Kind("path", "a path", _path)
-PATH_OR_TEXT = Kind("path or text", "the path of a policy file, or its text", _text)
+PATH_OR_TEXT = Kind("path or text", "the path of a policy file, or its text", _text, _policy_of)
 PLACE = Kind("path or URL", "a path or URL", _path)
 ORDERING = Kind("word or URL", '"local", "object-store" or etcd://host:port,host:port/prefix', _ordering)
 

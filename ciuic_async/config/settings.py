@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 
 from ciuic_async.config import files, kinds
 from ciuic_async.config.files import File
-from ciuic_async.config.table import BY_NAME, CONFIG, OPTIONS, OTHER_VARIABLES, PREFIX, TABLES, Option, shown
+from ciuic_async.config.table import BY_NAME, CONFIG, OPTIONS, OTHER_VARIABLES, PREFIX, TABLES, Option
 from ciuic_async.errors import CiuicWarning, UsageError
 from ciuic_async.events import logger
 
@@ -250,9 +250,14 @@ def _means_none(option: Option, data: object) -> bool:
 
 
 def _found(data: object) -> str:
+    """A value for a message: short, and nothing of what may be a secret, such as a URL with a password."""
     if isinstance(data, str):
-        return f"a text of {len(data)} characters" if len(data) > 80 or "SECRET" in data.upper() else repr(data)
-    return f"{data!r}"[:80] if isinstance(data, bool | float) else f"{type(data).__name__} {shown(data)[:80]}"
+        hidden = len(data) > 80 or "@" in data or "SECRET" in data.upper()
+        return f"a text of {len(data)} characters" if hidden else repr(data)
+    if isinstance(data, bool | float):
+        return f"{data!r}"
+    name = type(data).__name__
+    return f"{name} {data}" if isinstance(data, int) and abs(data) < 10**18 else name
 
 
 def _placed(option: Option, value: object, file: File) -> object:

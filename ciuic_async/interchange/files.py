@@ -98,12 +98,13 @@ def read(path: Path, *, load_data: bool = True) -> Content:
         NotFoundError: there is no such file.
         UsageError: its name means no format, or it is of a kind that is not read (``file_unsupported``).
         IntegrityError: kind ``file_malformed``, ``file_refused`` (it asks for more than data) or ``file_bomb``.
-        StoreError: it cannot be read.
+        StoreError: it cannot be read, or changes meanwhile (kind ``file_changed``).
     """
     kind, where = format_of(path), str(path)
     check_available(kind)
     try:
         with open(path, "rb", opener=_open_regular) as file:
+            before = _version(os.fstat(file.fileno()))
             digest = file_digest(file, "sha256").hexdigest()
             size_bytes = file.tell()
             file.seek(0)
@@ -114,11 +115,14 @@ def read(path: Path, *, load_data: bool = True) -> Content:
             elif kind == "safetensors":
                 from ciuic_async.interchange.safetensors_file import read_safetensors
 
-                state = read_safetensors(where, where, size_bytes, load_data)
+                # By its descriptor: the library opens files by name, and takes no name that is not UTF-8.
+                state = read_safetensors(f"/proc/self/fd/{file.fileno()}", where, size_bytes, load_data)
             else:
                 from ciuic_async.interchange.hdf5_read import read_hdf5
 
                 state = read_hdf5(where, where, size_bytes, load_data)
+            if _version(os.stat(path)) != before:  # then digest and state may be of two files
+                raise StoreError(f"{path}: it changed while it was read; try again", kind="file_changed", where=where)
     except FileNotFoundError as error:
         raise NotFoundError(f"{path}: there is no such file", kind="no_such_file", where=where) from error
     except OSError as error:
@@ -126,6 +130,11 @@ def read(path: Path, *, load_data: bool = True) -> Content:
             f"{path}: cannot be read: {error.strerror or error}", kind="unreadable", where=where
         ) from error
     return Content(path, kind, digest, size_bytes, state)
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -165,7 +174,7 @@ def write(state: Any, path: Path, facts: Mapping[str, str], *, overwrite: bool =
         elif kind == "safetensors":
             from ciuic_async.interchange.safetensors_file import write_safetensors
 
-            write_safetensors(state, temporary, dict(facts))
+            changed = write_safetensors(state, temporary, dict(facts))
         else:
             from ciuic_async.interchange.hdf5_write import write_hdf5
 

@@ -72,6 +72,8 @@ def _run_child(path: str, where: str, size_bytes: int, load_data: bool, data: in
         resource.prlimit(child.pid, resource.RLIMIT_AS, (_PROCESS_BYTES + 2 * most_bytes,) * 2)
         resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (most_bytes + limits.STRUCTURE_BYTES,) * 2)
         resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
+        cpu_s = int(timeout_s) + 2 * (os.cpu_count() or 1)  # the wait below ends it sooner, unless this process dies
+        resource.prlimit(child.pid, resource.RLIMIT_CPU, (cpu_s, cpu_s))
         child.wait(timeout_s)
     except subprocess.TimeoutExpired:
         raise limits.malformed(where, f"not read within {timeout_s:.0f} s: damaged, or made to take for ever") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
 from typing import Any
@@ -71,27 +72,34 @@ def _own_values(text: str | None, where: str) -> dict[str, Any]:
     return dict(found)
 
 
-def write_safetensors(state: Any, path: Path, facts: dict[str, str]) -> None:
+def write_safetensors(state: Any, path: Path, facts: dict[str, str]) -> dict[str, int]:
     """Write the tensors under dotted names to a new file at ``path``; plain values go into its metadata.
 
     Args:
         facts: more metadata.
 
+    Returns:
+        Kinds of values that the format has no place for and that were left out, and how many.
+
     Raises:
-        UsageError: kind ``duplicate_name``: two tensors of one dotted path.
+        UsageError: kind ``duplicate_name``: two tensors, or two values, of one dotted path.
     """
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
+    left_out: collections.Counter[str] = collections.Counter()
     others = _texts(state)
     if others:
         state = {key: value for key, value in state.items() if key != METADATA}
-    _collect(state, "", tensors, plain)
+    _collect(state, "", tensors, plain, left_out)
     metadata = {**others, **facts, "format": "pt"}
     if plain:
         metadata[_VALUES] = json.dumps(plain, sort_keys=True)
+    if METADATA in tensors:  # the library would write it, and nobody could read the file
+        raise UsageError(f"a tensor is called {METADATA!r}, which safetensors keeps for itself", kind="duplicate_name")
     save_file(tensors, path, metadata)
+    return dict(left_out)
 
 
 def _texts(state: Any) -> dict[str, str]:
@@ -102,7 +110,13 @@ def _texts(state: Any) -> dict[str, str]:
     return found
 
 
-def _collect(value: Any, path: str, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+def _collect(
+    value: Any,
+    path: str,
+    tensors: dict[str, torch.Tensor],
+    plain: dict[str, Any],
+    left_out: collections.Counter[str],
+) -> None:
     if isinstance(value, torch.Tensor):
         if path in tensors:
             raise UsageError(f"two tensors are called {path!r}; export with only=...", kind="duplicate_name")
@@ -110,9 +124,13 @@ def _collect(value: Any, path: str, tensors: dict[str, torch.Tensor], plain: dic
         tensors[path or "tensor"] = value.detach().contiguous().clone()
     elif isinstance(value, dict):
         for key, item in value.items():
-            _collect(item, f"{path}.{key}" if path else str(key), tensors, plain)
+            _collect(item, f"{path}.{key}" if path else str(key), tensors, plain, left_out)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
-            _collect(item, f"{path}.{number}" if path else str(number), tensors, plain)
+            _collect(item, f"{path}.{number}" if path else str(number), tensors, plain, left_out)
     elif value is None or isinstance(value, bool | int | float | str):
+        if path in plain:
+            raise UsageError(f"two values are called {path!r}; export with only=...", kind="duplicate_name")
         plain[path or "value"] = value
+    else:
+        left_out[f"{type(value).__module__}.{type(value).__qualname__}: left out".removeprefix("builtins.")] += 1

@@ -85,6 +85,7 @@ class _Archive:
                 self._where, f"storage {key[:40]!r}: expected {size_bytes} bytes, found {info.file_size}"
             )
         if not self._load_data:
+            self._check(info)
             return torch.empty(size_bytes, dtype=torch.uint8, device="meta").untyped_storage()
         storage = torch.empty(size_bytes, dtype=torch.uint8).untyped_storage()
         if not size_bytes:
@@ -98,6 +99,12 @@ class _Archive:
         if position != size_bytes:
             raise limits.malformed(self._where, f"storage {key[:40]!r} ends after {position} of {size_bytes} bytes")
         return storage
+
+    def _check(self, info: zipfile.ZipInfo) -> None:
+        """Read a member for its CRC alone: damage is found before anything is made of the file, or of others."""
+        with self._zip.open(info) as file:
+            while file.read(_PIECE_BYTES):
+                pass
 
     def _bytes(self, info: zipfile.ZipInfo, limit_bytes: int) -> bytes:
         self._account(info)
@@ -123,7 +130,7 @@ def read_torch_file(file: IO[bytes], where: str, size_bytes: int, load_data: boo
     """The state in a ``.pt`` file, on the CPU.
 
     Args:
-        load_data: False: tensors are on the meta device, no data is read.
+        load_data: False: tensors are on the meta device; their data is checked, and not kept.
 
     Raises:
         IntegrityError: kind ``file_malformed``, ``file_refused`` or ``file_bomb``.

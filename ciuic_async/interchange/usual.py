@@ -112,7 +112,10 @@ def _number(value: Any) -> float | None:
     if not isinstance(value, int | float):
         if getattr(value, "ndim", None) != 0 or getattr(value, "is_meta", False) or not hasattr(value, "item"):
             return None
-        value = value.item()
+        try:
+            value = value.item()
+        except RuntimeError:  # of an element type that torch has no numbers for
+            return None
         if not isinstance(value, int | float):
             return None
     try:

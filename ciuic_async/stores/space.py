@@ -33,6 +33,6 @@ def room(folder: str | None) -> Room | None:
 
 def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # Path.exists raises where a folder on the way is closed
         path = path.parent
     return path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -338,6 +340,8 @@ def test_a_damaged_description_is_passed_over_and_damaged_data_is_named(tmp_path
         ({"trust": "x"}, "trust: expected an object, found a text"),
         ({"trust": {"max_age": "1h"}}, "trust: expected a 'policy'"),
         ({"blockchain_endpoint": "localhost:5000"}, "blockchain_endpoint: expected http://host:port"),
+        ({"blockchain_endpoint": "http://[x"}, "blockchain_endpoint: expected http://host:port"),
+        ({"blockchain_endpoint": f"ftp://me:{CANARY}@host"}, "blockchain_endpoint: expected http://host:port"),
         ({"witness_key": "x"}, "witness_key: goes with a blockchain_endpoint"),
         ({"access_key": "x"}, "storage_type 'local' has no access_key"),
         ({"storage_type": "minio"}, "storage_type 'minio' needs the key 'endpoint'"),
@@ -541,6 +545,91 @@ def test_a_policy_takes_the_endpoint_for_its_witness(tmp_path: Path, endpoint: W
     policy.write_text(f"witness w {endpoint.witness.vkey}\nwitness v {other}\ngroup g 1 w v\nquorum g\n")
     with pytest.raises(UsageError, match="2 witnesses without a URL"):
         load_config(path)
+
+
+# --- options from elsewhere -------------------------------------------------------------------------------------------
+
+
+def test_trust_of_the_environment_counts(
+    tmp_path: Path, endpoint: WitnessServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways of the interface go by the policy and the options that the environment names."""
+    small = Small()
+    monkeypatch.setenv("CIUIC_TRUST_POLICY", f"witness w {endpoint.witness.vkey} {endpoint.url}\nquorum w\n")
+    monkeypatch.setenv("CIUIC_TRUST_WITNESSES", "required")
+    monkeypatch.setenv("CIUIC_TRUST_WRITERS", "any")
+    monkeypatch.setenv("CIUIC_KEEP", "latest=1")
+    with CiuicSnapshotChain(small.model, small.optimizer, save_dir=tmp_path / "chain") as chain:
+        chain.save_snapshot(0, 1).wait_durable()
+        record = chain.get_latest_snapshot()
+        assert record is not None
+        assert record["cosigned"] == "1 of 1"
+    with CiuicSnapshotChain(config_file(tmp_path)) as other:
+        saved = other.save_snapshot(small.snapshot(0, 2, 0.5)).wait_durable()
+        assert other.unsigned() == []
+    with SnapshotChain(tmp_path / "chain", create=False) as opened:
+        assert [snapshot.id for snapshot in opened] == [saved.id]
+
+
+def test_a_training_by_this_interface_reads_ciuic_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``Checkpointer`` does, for the chain too; what the call or config.json says counts for more."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ciuic.toml").write_text('ordering = "object-store"\nkeep = "latest=1"\nkey = "own.key"')
+    small = Small()
+    with CiuicSnapshotChain(small.model, small.optimizer, save_dir="s", keep=None) as chain:
+        for number in range(2):
+            chain.save_snapshot(0, number).wait_durable()
+        assert chain.chain.ordering == "object-store"
+        assert len(chain.query_snapshots()) == 2
+    assert (tmp_path / "own.key").exists()
+    with CiuicSnapshotChain(config_file(tmp_path, ordering="local", retention="latest=2")) as other:
+        for number in range(3):
+            other.save_snapshot(small.snapshot(0, number, 0.5)).wait_durable()
+        assert other.chain.ordering == "local"
+    assert len(other.query_snapshots()) == 2
+
+
+def test_a_signal_is_acted_on_by_the_next_snapshot(tmp_path: Path) -> None:
+    """With ``preemption`` the snapshot after a signal is durable when the signal goes on to whoever handled it."""
+    small, found = Small(), []
+
+    def handle(*_: object) -> None:
+        found.append([record["batch_idx"] for record in chain.query_snapshots()])
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with CiuicSnapshotChain(small.model, small.optimizer, save_dir=tmp_path / "s", preemption=True) as chain:
+            chain.save_snapshot(0, 1).wait_durable()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert found == []
+            chain.save_snapshot(0, 2)
+            assert found == [[1, 2]]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_key_may_be_given(tmp_path: Path) -> None:
+    """``key=`` is an option like others: it signs the chain that is opened."""
+    small = Small()
+    with CiuicSnapshotChain(small.model, small.optimizer, save_dir=tmp_path / "s", key=tmp_path / "my.key") as chain:
+        chain.save_snapshot(0, 1).wait_durable()
+    assert (tmp_path / "my.key").exists()
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_wrong_option_is_an_error_before_training_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the first snapshot, hours later; and nothing is left running."""
+    small = Small()
+    with pytest.raises(UsageError, match="keep='latest=3'"):
+        CiuicSnapshotChain(small.model, small.optimizer, save_dir=tmp_path / "s", keep="latest=3")
+    with pytest.raises(TypeError, match="kep"):
+        CiuicSnapshotChain(small.model, small.optimizer, save_dir=tmp_path / "s", kep=None)
+    monkeypatch.setenv("CIUIC_WHEN_BUSY", "flee")
+    with pytest.raises(UsageError, match="CIUIC_WHEN_BUSY"):
+        CiuicSnapshotChain(small.model, small.optimizer, save_dir=tmp_path / "s")
+    with pytest.raises(UsageError, match="CIUIC_WHEN_BUSY"):
+        CiuicSnapshotChain(config_file(tmp_path))
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ciuic")]
 
 
 # --- whole programs ---------------------------------------------------------------------------------------------------

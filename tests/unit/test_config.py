@@ -283,6 +283,48 @@ def test_a_file_that_anybody_may_write_is_not_found_but_may_be_named() -> None:
     assert _value("every_steps", CIUIC_CONFIG=str(path)) == 3
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a link that is somebody else's")
+def test_a_link_that_somebody_else_made_is_not_followed(tmp_path: Path) -> None:
+    """It would choose which file of ours counts, and from where its paths are meant."""
+    path = tmp_path / "mine.toml"
+    path.write_text('key = "keys/mine.key"')
+    link = Path.cwd() / "ciuic.toml"
+    link.symlink_to(path)
+    assert _value("key") == str(Path.cwd() / "keys" / "mine.key")
+    os.lchown(link, 12345, 12345)
+    assert _problem().kind == "config_not_yours"
+    assert _value("key", CIUIC_CONFIG=str(path)) == str(tmp_path / "keys" / "mine.key")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["every_steps = 0x" + "f" * 10_000, "every_steps." + "a." * 400 + "b = 1", "keep = " + "[" * 200 + "]" * 200],
+    ids=["number", "tables", "lists"],
+)
+def test_a_value_that_cannot_be_shown_is_a_typed_problem(text: str) -> None:
+    """Numbers too long to be written, and tables too deep, are wrong values like others."""
+    _here(text)
+    assert _problem().kind == "config_value"
+
+
+def test_a_key_of_very_many_parts_takes_no_time() -> None:
+    """A file of the largest size is an error at once, though the parser would take a minute."""
+    _here("every_steps." + "a." * 32_000 + "b = 1")
+    assert _problem().kind == "config_malformed"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ['"etcd//me:{}@host"', '"http://me:{}@host"', '{{url = "etcd://me:{}@host"}}', '["etcd://me:{}@host"]'],
+)
+def test_a_password_in_a_wrong_value_is_not_shown(value: str) -> None:
+    """Whoever misspells a URL reads no password of it in the message, from a file or a variable."""
+    secret = "canary-314159"
+    _here("ordering = " + value.format(secret))
+    assert secret not in str(_problem())
+    assert secret not in str(_problem(CIUIC_ORDERING=value.format(secret).strip('"')))
+
+
 def test_nothing_is_read_inside_a_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

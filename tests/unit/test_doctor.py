@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -258,6 +259,39 @@ def test_nothing_is_left_after_ctrl_c(
     assert main(["doctor", str(tmp_path / "chain")]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert _listing(tmp_path) == before
+
+
+@pytest.mark.usefixtures("no_leaks")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_nothing_is_left_after_being_told_to_leave(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``timeout``, or the end of a container: the usual exit code, nothing is left, handlers as before."""
+
+    class Told(LocalStore):
+        def publish(self, files: Sequence[Unpublished]) -> None:
+            os.kill(os.getpid(), number)
+            super().publish(files)
+
+    before, handler = _listing(tmp_path), signal.getsignal(number)
+    monkeypatch.setattr(doctor, "LocalStore", Told)
+    monkeypatch.setattr(doctor, "resolve", Told)
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", str(tmp_path / "chain")])
+    assert left.value.code == 128 + number
+    assert _listing(tmp_path) == before
+    assert signal.getsignal(number) == handler
+
+
+def test_a_name_that_no_folder_can_have_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the system does not even look up, such as a name that is too long, ends in an answer."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / ("x" * 300)))
+    code, data = _run(capsys, str(tmp_path / ("y" * 300)))
+    assert code == 1
+    assert _texts(data)["reachable"][0] is False
+    assert "signing key" in _texts(data)
 
 
 def test_nothing_is_left_in_a_remote_place_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
