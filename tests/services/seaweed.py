@@ -140,11 +140,15 @@ class Seaweed:
         ]
         with (self._folder / "log").open("ab") as said:
             self._process = subprocess.Popen(
-                [BINARY, "server", *arguments],
+                [BINARY, f"-logdir={self._folder}", "server", *arguments],
                 cwd=self._folder,
                 stdout=said,
                 stderr=said,
-                env={"PATH": os.environ.get("PATH", ""), "HOME": str(self._folder)},
+                env={
+                    "PATH": os.environ.get("PATH", ""),
+                    "HOME": str(self._folder),
+                    "TMPDIR": str(self._folder),
+                },
             )
         self._wait()
 
@@ -174,6 +178,9 @@ class Seaweed:
         if process is not None:
             process.kill()
             process.wait()
+        for port in self._ports:  # it names them itself, outside its folder
+            for part in ("master", "volume", "filer", "s3"):
+                Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)
 
     def pause(self) -> None:
         """SIGSTOP: connections stay open, and nothing answers."""
