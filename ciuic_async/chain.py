@@ -14,7 +14,7 @@ from typing import Any
 
 from ciuic_async.arguments import check_tag, check_text
 from ciuic_async.config.settings import configured
-from ciuic_async.errors import CiuicError, CommitConflictError, IntegrityError, NotFoundError, UsageError
+from ciuic_async.errors import CiuicError, CommitConflictError, NotFoundError, UsageError
 from ciuic_async.events import Listener, logger
 from ciuic_async.format import layout
 from ciuic_async.format.chain_file import LIMIT_BYTES as CHAIN_FILE_LIMIT_BYTES
@@ -36,7 +36,7 @@ from ciuic_async.stores.base import Store
 from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.resolve import resolve as resolve_store
 from ciuic_async.stores.resolve import takes_options
-from ciuic_async.transparency import keys, note, proof, receipt
+from ciuic_async.transparency import keys, note
 from ciuic_async.transparency import policy as trust_policy
 from ciuic_async.transparency.cosigning import WitnessStatus
 from ciuic_async.transparency.keys import SigningKey
@@ -45,6 +45,7 @@ from ciuic_async.transparency.note import Vkey
 from ciuic_async.transparency.ordering import check_writer, is_etcd
 from ciuic_async.transparency.ordering import parse as parse_ordering
 from ciuic_async.transparency.pins import Pins, extends
+from ciuic_async.transparency.receipts import make_receipt, shown_head
 from ciuic_async.transparency.witnessing import Trust, Witnessing
 from ciuic_async.verify import VerifyReport, verify_store
 
@@ -243,24 +244,11 @@ class SnapshotChain:
             NotFoundError: there is no such snapshot, or no log head that holds it yet (kind ``no_head``).
             IntegrityError: the log head is damaged.
         """
-        index = self.get(ref).index
-        with self._log.lock:
-            with suppress(NotFoundError, IntegrityError):  # what witnesses signed can be collected again
-                return self._receipt_under(layout.WITNESSED, index, ref)
-            return self._receipt_under(layout.LOG_HEAD, index, ref)
-
-    def _receipt_under(self, name: str, index: int, ref: str) -> bytes:
-        try:
-            data = self._store.read(name, note.LIMIT_BYTES)
-        except NotFoundError as error:
-            raise self._no_head(ref) from error
-        known = {(self.origin, key_id): note.parse_vkey(vkey) for key_id, vkey in self._log.known_keys().items()}
-        size, root = note.parse_head(note.verify(data, known, name).text, self.origin, name)
-        if not index < size <= len(self._log):
-            raise self._no_head(ref)
-        path = self._log.inclusion(index, size)
-        proof.check_inclusion(index, size, self._log.leaf_hash(index), path, root)
-        return receipt.Receipt(index, tuple(path), data, self._log.entry_bytes(index)).encode()
+        made = make_receipt(self._store, self._log, self.get(ref).index)
+        if made is None:
+            text = f"{self._store.url}: no log head holds {ref} yet; the next writer makes one"
+            raise NotFoundError(text, kind="no_head", where=ref)
+        return made
 
     def entry_bytes(self, index: int) -> bytes:
         """One entry as it stands in the log, verified. Errors as ``Log.entry_bytes``."""
@@ -275,10 +263,7 @@ class SnapshotChain:
             IntegrityError: it is damaged, or not of this log.
         """
         self._log.refresh()
-        data = self._store.read(layout.LOG_HEAD, note.LIMIT_BYTES)
-        known = {(self.origin, key_id): note.parse_vkey(vkey) for key_id, vkey in self._log.known_keys().items()}
-        note.parse_head(note.verify(data, known, layout.LOG_HEAD).text, self.origin, layout.LOG_HEAD)
-        return data
+        return shown_head(self._store, self._log, layout.LOG_HEAD)[0]
 
     def log(self) -> list[dict[str, Any]]:
         """All entries as plain data, oldest first: what ``ciuic log --json`` prints."""
@@ -552,11 +537,6 @@ class SnapshotChain:
 
     def _check_pin_of(self, log: Log) -> None:
         self._pins.check(log.origin, log)
-
-    def _no_head(self, ref: str) -> NotFoundError:
-        return NotFoundError(
-            f"{self._store.url}: no log head holds {ref} yet; the next writer makes one", kind="no_head", where=ref
-        )
 
     @property
     def folder(self) -> str | None:

@@ -32,6 +32,7 @@ from ciuic_async.stores.local import LocalStore
 from ciuic_async.stores.resolve import resolve
 from ciuic_async.stores.space import existing, room
 from ciuic_async.transparency import keys
+from ciuic_async.user_folders import OURS, config_folder
 from ciuic_async.version import __version__
 
 WRITE_BYTES = 64 << 20
@@ -110,9 +111,8 @@ def _machine() -> list[Finding]:
 
 
 def _home_is_closed() -> bool:
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    folder = Path(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "ciuic_async", "keys")
-    return not os.access(existing(folder), os.W_OK | os.X_OK)
+    folder = config_folder(OURS, "keys")
+    return folder is None or not os.access(existing(Path(folder)), os.W_OK | os.X_OK)
 
 
 def _version(package: str) -> str:

@@ -20,15 +20,16 @@ from ciuic_async.transparency.receipt import Receipt
 STATES = {"model_state": "model", "optimizer_state": "optimizer"}
 """What the documents call the parts of a state, and what a ``Checkpointer`` calls them: each restores the other's."""
 _CALLED = {name: key for key, name in STATES.items()}
-FACTS = ("id", "timestamp", "epoch", "batch_idx", "step", "loss", "hash", "signature", "cosigned")
+FACTS = ("id", "timestamp", "epoch", "batch_idx", "step", "loss", "metrics", "hash", "signature", "cosigned")
 WHOLE = "state"
 
 
 class SnapshotRecord(Mapping[str, Any]):
-    """Read-only view of a snapshot: ``timestamp epoch batch_idx step loss hash signature cosigned id`` and its state.
+    """Read-only view of a snapshot: the facts (``FACTS``) and its state.
 
     ``model_state``, ``optimizer_state`` and what else was saved are read from the store, and checked, whenever they are
-    asked for. ``loss`` is the metric of this name or None. ``hash`` is the hash of its entry in the log (SHA-256,
+    asked for; a part that is called as a fact is stays out of sight, ``record.snapshot.load()`` has it. ``loss`` is the
+    metric of this name or None. ``hash`` is the hash of its entry in the log (SHA-256,
     RFC 6962). ``signature`` is the log's own over a head that holds the entry, base64, None until there is one;
     ``SnapshotChain.receipt`` has the proof. ``cosigned`` is e.g. ``"1 of 3"``: witnesses whose signatures cover it.
 
@@ -83,7 +84,7 @@ class SnapshotRecord(Mapping[str, Any]):
             else:
                 names = [decode_plain(tree.key) for tree in manifest.trees if tree.section == SECTION_STATE]
                 texts = [name for name in names if isinstance(name, str)]
-                self._names = {called(name, texts): name for name in texts}
+                self._names = {key: name for name in texts if (key := called(name, texts)) not in FACTS}
         return self._names
 
     def _signature(self) -> str | None:
@@ -109,6 +110,7 @@ _FACTS: dict[str, Callable[[SnapshotRecord], Any]] = {
     "batch_idx": lambda record: record.snapshot.batch,
     "step": lambda record: record.snapshot.step,
     "loss": lambda record: record.snapshot.metrics.get("loss"),
+    "metrics": lambda record: dict(record.snapshot.metrics),
     "hash": lambda record: record.snapshot.leaf_hash.hex(),
     "signature": lambda record: record._signature(),
     "cosigned": lambda record: (lambda found: f"{found.have} of {found.count}")(record.witnessed()),

@@ -20,6 +20,7 @@ from ciuic_async.config.table import CONFIG, TABLES
 from ciuic_async.errors import UsageError
 from ciuic_async.events import logger
 from ciuic_async.format import layout
+from ciuic_async.user_folders import config_folder
 
 NAME, JSON_NAME = "ciuic.toml", "ciuic.json"
 LIMIT_BYTES = 64 << 10
@@ -87,11 +88,9 @@ def _places(environment: Mapping[str, str]) -> Iterator[Path]:
                 )
         elif present:
             yield present[0]
-    base = environment.get("XDG_CONFIG_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.config")
-    if os.path.isabs(base):
-        yield Path(base, "ciuic", NAME)
+    of_user = config_folder("ciuic", NAME, environment=environment)
+    if of_user is not None:
+        yield Path(of_user)
 
 
 def _chain_around(folder: Path) -> Path | None:

@@ -182,6 +182,18 @@ def write(state: Any, path: Path, facts: Mapping[str, str], *, overwrite: bool =
     return changed
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a place whose folder cannot take a file. Raises StoreError, kind ``export_failed``."""
+    folder = path.parent
+    if not folder.is_dir():
+        reason = "is no folder" if os.path.lexists(folder) else "there is no such folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = "this user may not write there"
+    else:
+        return
+    raise StoreError(f"{path}: cannot export: {folder}: {reason}", kind="export_failed", where=str(path))
+
+
 def check_free(path: Path) -> None:
     """Refuse a place where something is. Raises UsageError, kind ``file_exists``."""
     if os.path.lexists(path):

@@ -29,6 +29,8 @@ _PATIENCE_S = 20.0
 _SLOWEST_BYTES_PER_S = 10e6
 _PROCESS_BYTES = 4 << 30
 """Address space that a Python with numpy and h5py takes, many times over."""
+_PASSED_ON = frozenset({"PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "OPENBLAS_NUM_THREADS"})
+"""What the other process sees of this one's environment: no credentials, should the library be made to do more."""
 _ERRORS = {"IntegrityError": errors.IntegrityError, "UsageError": errors.UsageError}
 
 
@@ -65,7 +67,11 @@ def _run_child(path: str, where: str, size_bytes: int, load_data: bool, data: in
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         pass_fds=(data, answer),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HDF5_PLUGIN_PATH": os.devnull},
+        env={
+            **{name: value for name, value in os.environ.items() if name in _PASSED_ON},
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "HDF5_PLUGIN_PATH": os.devnull,
+        },
     )
     try:
         # Set before the file can matter: the interpreter takes longer to start than this line.

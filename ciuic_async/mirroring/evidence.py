@@ -6,27 +6,19 @@ import os
 import time
 from contextlib import suppress
 from hashlib import sha256
-from pathlib import Path
 
 from ciuic_async.errors import CiuicError
 from ciuic_async.stores.base import Store
 from ciuic_async.transparency import slots
+from ciuic_async.user_folders import evidence_folder
 
 KEPT = 16
 """Files of evidence for one chain; then no more are written, for a training that is started again and again."""
 
 
-def folder() -> Path | None:
-    """``$XDG_STATE_HOME`` or ``~/.local/state``, then ours; None without a home."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.local/state")
-    return Path(base, "ciuic_async", "evidence") if os.path.isabs(base) else None
-
-
 def keep(store: Store, origin: str, name: str) -> str | None:
     """Keep one small file of a store as evidence; where, or None. Never raises; equal bytes are kept once."""
-    place = folder()
+    place = evidence_folder()
     if place is None:
         return None
     stem = f"mirror-{sha256(origin.encode()).hexdigest()[:32]}"

@@ -69,7 +69,8 @@ def was_imported(snapshot: Described) -> bool:
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """Refuse a target before gigabytes are read. Raises UsageError, as ``export``."""
+    """Refuse a target before gigabytes are read. Raises UsageError and StoreError, as ``export``."""
     files.check_available(files.format_of(path))
+    files.check_folder(path)
     if not overwrite:
         files.check_free(path)

@@ -30,6 +30,7 @@ from ciuic_async.transparency.note import (
     cosigned_text,
     format_note,
 )
+from ciuic_async.user_folders import OURS, config_folder
 
 ENVIRONMENT = "CIUIC_KEY"
 _PREFIX = "ED25519-SECRET+"
@@ -242,14 +243,8 @@ def _named(explicit: str | os.PathLike[str] | None) -> SigningKey | str | None:
 
 
 def user_path(name: str) -> str | None:
-    """Where a key file of the user's own lies: ``$XDG_CONFIG_HOME`` or ``~/.config``, then ours; None without a home.
-
-    A relative XDG path counts as unset.
-    """
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.config")
-    return os.path.join(base, "ciuic_async", "keys", name) if os.path.isabs(base) else None
+    """Where a key file of the user's own lies; None without a home."""
+    return config_folder(OURS, "keys", name)
 
 
 def _user_path() -> str | None:

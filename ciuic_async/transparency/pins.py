@@ -24,6 +24,7 @@ from ciuic_async.transparency import note, proof
 from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import Note, Vkey
 from ciuic_async.transparency.policy import read_text_file
+from ciuic_async.user_folders import OURS, state_folder
 
 EVIDENCE_KEPT = 16
 """Files of evidence for one log; then no more are written, for a training that is started again and again."""
@@ -67,11 +68,8 @@ class Pins:
 
     @classmethod
     def of_user(cls) -> Pins:
-        """The pins below ``$XDG_STATE_HOME`` or ``~/.local/state``. A relative XDG path counts as unset."""
-        base = os.environ.get("XDG_STATE_HOME", "")
-        if not os.path.isabs(base):
-            base = os.path.expanduser("~/.local/state")
-        return cls(os.path.join(base, "ciuic_async", "pins") if os.path.isabs(base) else None)
+        """The pins in the user's state folder."""
+        return cls(state_folder(OURS, "pins"))
 
     def path(self, origin: str) -> str:
         """Where the pin of a log lies, for messages."""

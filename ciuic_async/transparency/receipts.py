@@ -13,7 +13,7 @@ from ciuic_async.format import entry as entries_format
 from ciuic_async.format import layout
 from ciuic_async.format.entry import Entry, PruneEntry, SnapshotEntry
 from ciuic_async.stores.base import Store
-from ciuic_async.transparency import note
+from ciuic_async.transparency import note, proof
 from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import KeyName, Vkey
 from ciuic_async.transparency.receipt import LIMIT_BYTES, Receipt
@@ -21,6 +21,42 @@ from ciuic_async.transparency.receipt import LIMIT_BYTES, Receipt
 _PER_TURN = 64
 _BACK = 1024
 """Entries before the newest head that are looked at for receipts that an earlier process could not write."""
+
+
+def shown_head(store: Store, log: Log, name: str) -> tuple[bytes, int, bytes]:
+    """A signed head as the store shows it in the file ``name``: the whole note, its size and its root.
+
+    Raises:
+        NotFoundError: there is no such file.
+        IntegrityError: it is damaged, or no key of this log signed it.
+    """
+    data = store.read(name, note.LIMIT_BYTES)
+    known = {(log.origin, key_id): note.parse_vkey(vkey) for key_id, vkey in log.known_keys().items()}
+    return data, *note.parse_head(note.verify(data, known, name).text, log.origin, name)
+
+
+def make_receipt(store: Store, log: Log, index: int) -> bytes | None:
+    """A receipt of one entry under the newest head that witnesses signed, if it holds the entry, else the newest.
+
+    None where no head holds it yet. Errors as ``shown_head``.
+    """
+    with log.lock:
+        with suppress(NotFoundError, IntegrityError):  # what witnesses signed can be collected again
+            made = _receipt_under(store, log, index, layout.WITNESSED)
+            if made is not None:
+                return made
+        with suppress(NotFoundError):
+            return _receipt_under(store, log, index, layout.LOG_HEAD)
+    return None
+
+
+def _receipt_under(store: Store, log: Log, index: int, name: str) -> bytes | None:
+    data, size, root = shown_head(store, log, name)
+    if not index < size <= len(log):
+        return None
+    path = log.inclusion(index, size)
+    proof.check_inclusion(index, size, log.leaf_hash(index), path, root)
+    return Receipt(index, tuple(path), data, log.entry_bytes(index)).encode()
 
 
 class Receipts:

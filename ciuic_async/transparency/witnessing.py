@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ciuic_async.errors import SaveFailedError, UsageError
 from ciuic_async.stores.base import Store
@@ -15,6 +13,7 @@ from ciuic_async.transparency.cosigning import Cosigner, Pace
 from ciuic_async.transparency.log import Log
 from ciuic_async.transparency.note import Vkey
 from ciuic_async.transparency.policy import Policy
+from ciuic_async.user_folders import evidence_folder
 
 _DURATION = re.compile(r"([1-9][0-9]{0,8})([smhd])")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -144,7 +143,7 @@ class Trust:
             log,
             asked,
             lambda signed: self.policy.witnessed(signed).met,
-            evidence=_evidence_folder(),
+            evidence=evidence_folder(),
             pace=pace,
             roll_forward=roll_forward,
         )
@@ -163,11 +162,3 @@ def duration_s(value: object) -> float:
     if match is None:
         raise UsageError(f"{value!r:.80}: expected seconds, or a text such as '90s', '30m', '1h', '2d'")
     return int(match[1]) * _SECONDS[match[2]]
-
-
-def _evidence_folder() -> Path | None:
-    """``$XDG_STATE_HOME`` or ``~/.local/state``, then ours; None without a home."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.expanduser("~/.local/state")
-    return Path(base, "ciuic_async", "evidence") if os.path.isabs(base) else None

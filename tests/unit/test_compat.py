@@ -191,7 +191,8 @@ def test_the_mapping_has_what_the_documents_name(tmp_path: Path) -> None:
     loss = small.step()
     with CiuicSnapshotChain(config_file(tmp_path)) as chain:
         assert chain.get_latest_snapshot() is None
-        saved = chain.save_snapshot({**small.snapshot(1, 2, loss), "vocabulary": ["a"], "metrics": {"f1": 0.5}})
+        more = {"vocabulary": ["a"], "metrics": {"f1": 0.5}, "id": 7}
+        saved = chain.save_snapshot({**small.snapshot(1, 2, loss), **more})
         expected = small.state()
         snapshot = saved.wait_durable()
         record = chain.get_latest_snapshot()
@@ -205,10 +206,11 @@ def test_the_mapping_has_what_the_documents_name(tmp_path: Path) -> None:
         assert record["vocabulary"] == ["a"]
         assert {"model_state", "optimizer_state", "vocabulary"} < set(record)
         assert "model" not in record
-        assert snapshot.metrics == {"f1": 0.5, "loss": loss}
+        assert snapshot.metrics == record["metrics"] == {"f1": 0.5, "loss": loss}
+        assert snapshot.load(only="id") == {"id": 7}  # a part called as a fact is: in sight once, as the fact
         assert fingerprint([record["model_state"], record["optimizer_state"]]) == expected
         assert dict(record)["epoch"] == 1
-        assert len(list(record)) == len(record)
+        assert len(dict(record)) == len(list(record)) == len(record)
         with pytest.raises(KeyError):
             record["nothing"]
 

@@ -242,6 +242,21 @@ def test_an_export_that_fails_leaves_nothing(suffix: str, tmp_path: Path) -> Non
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
 
 
+@pytest.mark.damages
+def test_a_folder_that_is_missing_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    """Nobody waits for gigabytes to hear of a misspelt folder: the error comes without the state's bytes."""
+    snapshot = ciuic_async.save({"w": torch.ones(2)}, tmp_path / "chain")
+    for segment in (tmp_path / "chain" / "segments").rglob("*"):
+        if segment.is_file():
+            segment.unlink()
+    for folder, reason in (("nowhere", "there is no such folder"), ("chain/ciuic.json", "is no folder")):
+        path = tmp_path / folder / "out.pt"
+        with pytest.raises(StoreError) as caught:
+            snapshot.export(path)
+        assert (caught.value.kind, caught.value.where) == ("export_failed", str(path))
+        assert f"{path.parent}: {reason}" in str(caught.value)
+
+
 # --- import -----------------------------------------------------------------------------------------------------------
 
 
@@ -775,6 +790,25 @@ def test_what_kills_libhdf5_is_an_error_here(
         files.read(path)
     assert caught.value.kind == "file_malformed", name
     assert children.read_text().split() == before
+
+
+def test_libhdf5_sees_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that opens a stranger's file has nothing of the environment that it does not need to start."""
+    path = tmp_path / "x.h5"
+    files.write({"w": torch.ones(2)}, path, {})
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    seen: list[dict[str, str]] = []
+    real = subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["env"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert torch.equal(files.read(path).state["w"], torch.ones(2))
+    assert len(seen) == 1
+    assert "PYTHONPATH" in seen[0]
+    assert not [value for value in seen[0].values() if "secret" in value]
 
 
 def test_what_a_reader_answers_is_no_more_trusted_than_the_file(tmp_path: Path) -> None:
