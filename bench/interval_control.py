@@ -141,8 +141,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--size", default="bench", help="of the demo's model")
     made.add_argument("--budget", type=float, default=0.05)
-    made.add_argument("--groups", type=int, default=12)
-    made.add_argument("--block", type=float, default=20.0, metavar="SECONDS")
+    made.add_argument("--groups", type=int, default=24)
+    made.add_argument("--block", type=float, default=10.0, metavar="SECONDS")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="that training uses")
     options = made.parse_args(arguments)
     if options.quick:
