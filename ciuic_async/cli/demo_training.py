@@ -63,8 +63,9 @@ SIZES = {
     "small": Size(layers=4, heads=4, width=256, context=64, batch=8, epoch_batches=25),
     "large": Size(layers=6, heads=6, width=384, context=64, batch=8, epoch_batches=25),
     "bench": Size(layers=7, heads=12, width=768, context=64, batch=4, epoch_batches=25),
+    "huge": Size(layers=7, heads=12, width=1536, context=64, batch=4, epoch_batches=25),
 }
-"""State with AdamW's moments: tiny 1.4 MB, small 39 MB, large 129 MB, bench 0.6 GB."""
+"""State with AdamW's moments: tiny 1.4 MB, small 39 MB, large 129 MB, bench 0.6 GB, huge 2.4 GB."""
 
 
 def read_text(limit_bytes: int = TEXT_SIZE_BYTES) -> bytes:

@@ -54,18 +54,26 @@ class Fields:
             raise malformed(self.what, f"field {name!r}: {value[:80]!r} does not match {pattern.pattern}")
         return value
 
+    # A manifest has many thousands of fields: what a field is called is put into words only when something is wrong.
+
     def integer(self, name: str, *, low: int = 0, high: int = MAX_SAFE_INTEGER) -> int:
-        return check_integer(self.raw(name), f"{self.what}: field {name!r}", low=low, high=high)
+        value = self.raw(name)
+        if type(value) is int and low <= value <= high:
+            return value
+        return check_integer(value, f"{self.what}: field {name!r}", low=low, high=high)
 
     def hex(self, name: str, size_bytes: int | None = None) -> bytes:
         return check_hex(self.raw(name), f"{self.what}: field {name!r}", size_bytes)
 
     def array(self, name: str) -> list[Any]:
-        return check_array(self.raw(name), f"{self.what}: field {name!r}")
+        value = self.raw(name)
+        return value if isinstance(value, list) else check_array(value, f"{self.what}: field {name!r}")
 
     def integers(self, name: str, *, low: int = 0) -> tuple[int, ...]:
-        where = f"{self.what}: field {name!r}"
-        return tuple(check_integer(item, where, low=low) for item in self.array(name))
+        for item in (items := self.array(name)):
+            if type(item) is not int or not low <= item <= MAX_SAFE_INTEGER:
+                check_integer(item, f"{self.what}: field {name!r}", low=low)
+        return tuple(items)
 
     def strings(self, name: str) -> tuple[str, ...]:
         items = self.array(name)
@@ -102,8 +110,8 @@ class Fields:
 
     def done(self) -> None:
         """Refuse keys that nobody asked for."""
-        unknown = sorted(set(self._value) - self._seen)
-        if unknown:
+        if len(self._seen) != len(self._value):  # every name that was seen is there
+            unknown = sorted(set(self._value) - self._seen)
             raise malformed(self.what, f"unknown field {unknown[0][:80]!r}")
 
 

@@ -165,14 +165,15 @@ def decode(data: bytes, *, what: str, limit_bytes: int) -> Json:
         raise IntegrityError(
             f"{what}: JSON of {len(data)} bytes, at most {limit_bytes} are allowed", kind="json_too_large", where=what
         )
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _deepest(_STRINGS.sub(b"", data)) > MAX_DEPTH:
+    bare = _STRINGS.sub(b"", data)
+    if bare.count(b"[") + bare.count(b"{") > MAX_DEPTH and _deepest(bare) > MAX_DEPTH:
         raise IntegrityError(f"{what}: JSON nested deeper than {MAX_DEPTH}", kind="json_too_deep", where=what)
     try:
         value: Json = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_float=_refuse,
-            parse_int=_parse_int,
+            parse_int=_parse_int if _LONG_INTEGER.search(bare) else None,  # a call for each takes as long as the rest
             parse_constant=_refuse,
         )
         canonical = _write_or_none(value)

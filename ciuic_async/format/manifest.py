@@ -462,10 +462,10 @@ def _pack(item: object, what: str) -> Pack:
 
 def _tensor(item: object, what: str) -> StoredTensor:
     fields = Fields(item, f"{what}: tensors")
-    path = tuple(
-        part if isinstance(part, str) else check_integer(part, f"{what}: path", low=-(2**53) + 1)
-        for part in fields.array("path")
-    )
+    path = tuple(fields.array("path"))
+    for part in path:
+        if type(part) is not str:
+            check_integer(part, f"{what}: path", low=-(2**53) + 1)
     where = f"{what}: tensor {_shown(path)}"
     dtype = fields.string("dtype")
     item_size = dtypes.item_size_bytes(dtype, where)
@@ -523,6 +523,8 @@ def _check_cover(shape: tuple[int, ...], shards: tuple[Shard, ...], where: str) 
     corners are the mixed derivative of a box's indicator function, which determines it. Unlike comparing pairs this
     stays linear in the number of shards, which is hostile.
     """
+    if len(shards) == 1 and shards[0].sizes == shape:
+        return  # it lies inside the tensor, so it is the tensor: nearly all are like that
     boxes = [(shard.offsets, shard.sizes) for shard in shards if volume(shard.sizes)]
     if sum(volume(sizes) for _, sizes in boxes) != volume(shape):
         raise malformed(where, f"shards of {len(boxes)} boxes leave holes or overlap")

@@ -53,7 +53,9 @@ class Offer:
 
     def dismiss(self) -> None:
         """The keeper ends: it commits nothing any more when this returns. Idempotent."""
-        self._slot = None
+        if self._slot is not None:
+            self._slot.forget()
+            self._slot = None
         gone = None
         with suppress(OSError):
             wire.send(self._link, {"go": True})
