@@ -135,6 +135,9 @@ class _MeteredFile:
         self._place.meter.written_bytes += memoryview(data).nbytes
         self.inner.write(data)
 
+    def filled(self) -> None:
+        self.inner.filled()
+
     def fileno(self) -> int:
         raise StoreError(f"{self.name}: what is metered has no descriptor", kind="no_descriptor", where=self.name)
 

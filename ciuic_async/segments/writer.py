@@ -291,7 +291,7 @@ class _PlainOutput:
         pass
 
     def finish(self) -> None:
-        pass
+        self._file.filled()
 
     def abort(self) -> None:
         pass

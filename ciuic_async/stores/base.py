@@ -68,6 +68,14 @@ class Unpublished(Protocol):
         After ``publish`` or ``discard`` this is an InternalError (kind ``not_open``), as is publishing again.
         """
 
+    def filled(self) -> None:
+        """Nothing more will be written: what is kept of it in memory goes on its way. Raises StoreError, as ``write``.
+
+        A snapshot has a file for each half gigabyte and publishes all of them in the end: what each keeps adds up. A
+        store may give a large file its name now, for it is whole; ``discard`` takes it away. Files that are published
+        soon need not be told.
+        """
+
     def fileno(self) -> int:
         """Its descriptor, where the store has ``file_descriptors``; who writes to it appends in order.
 

@@ -444,6 +444,9 @@ class _HdfsFile:
             if len(self._buffer) == _BUFFER_BYTES:
                 self.store._data_calls([self._send], self.name)
 
+    def filled(self) -> None:
+        self.store._data_calls([self._send], self.name)
+
     def fileno(self) -> int:
         raise StoreError(f"{self.name}: a file in HDFS has no descriptor", kind="no_descriptor", where=self.name)
 

@@ -433,6 +433,9 @@ class _LocalFile:
             while len(view):
                 view = view[os.write(self.fileno(), view) :]
 
+    def filled(self) -> None:
+        pass
+
     def fileno(self) -> int:
         if not self._open:  # the number may already be another file's
             raise InternalError(f"{self.name}: used after publish or discard", kind="not_open", where=self.name)

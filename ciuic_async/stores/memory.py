@@ -123,6 +123,9 @@ class _MemoryFile:
             raise InternalError(f"{self.name}: written to after publish or discard", kind="not_open", where=self.name)
         self.content += data
 
+    def filled(self) -> None:
+        pass
+
     def fileno(self) -> int:
         raise StoreError(f"{self.name}: a file in memory has no descriptor", kind="no_descriptor", where=self.name)
 

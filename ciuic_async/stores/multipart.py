@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +24,8 @@ memory that an upload takes: 96 MiB."""
 _EXIT_WAIT_S = 5.0
 
 _live: weakref.WeakSet[Upload] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+"""Of all uploads, also of those that were dropped: a thread that runs is kept alive by the interpreter."""
 
 
 class _AbandonedError(Exception):
@@ -37,6 +40,7 @@ class _Parts(Iterator[bytearray]):
         self.waiting: bytearray | None = None
         self.ended = False
         self.abandoned = False
+        self.kept = False
         self.done = False
 
     def __next__(self) -> bytearray:
@@ -58,21 +62,23 @@ class Upload:
     Args:
         name: for the thread's name and messages.
         put: uploads all parts of an iterator; called on this object's thread; raises CiuicError.
+        forget: deletes the object; called there too, when it is complete and nobody wants it. Raises CiuicError.
 
     Raises:
         RuntimeError: no thread can be had: there are too many, or the interpreter ends.
     """
 
-    def __init__(self, name: str, put: Callable[[Iterator[bytearray]], None]) -> None:
+    def __init__(self, name: str, put: Callable[[Iterator[bytearray]], None], forget: Callable[[], None]) -> None:
         self._name = name
         self._process = os.getpid()
         self._parts = _Parts()
         self._failure: list[CiuicError] = []
-        arguments = (put, self._parts, self._failure)  # not self: what is dropped ends
+        arguments = (put, forget, self._parts, self._failure)  # not self: what is dropped ends
         # A daemon: at exit the interpreter waits for other threads before anybody can tell them to end.
-        self._thread = threading.Thread(target=_run, args=arguments, name="ciuic-upload", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=_run, args=arguments, name="ciuic-upload", daemon=True)
+        self.thread.start()
         _live.add(self)
+        _threads.add(self.thread)
 
     def add(self, part: bytearray) -> None:
         """Hand over the next part, for good; waits while enough are on their way. Raises what the upload raised."""
@@ -89,30 +95,30 @@ class Upload:
         self._raise()
 
     def end(self) -> None:
-        """No more parts will come. Does not wait."""
+        """No more parts will come: the object gets its name when all have arrived. Does not wait."""
         with self._parts.changed:
             self._parts.ended = True
             self._parts.changed.notify_all()
 
     def wait(self) -> None:
-        """After ``end``: until the object is there. Raises what the upload failed with."""
-        self._thread.join()
+        """After ``end``: until the object is there, to stay. Raises what the upload failed with."""
+        with self._parts.changed:
+            while not self._parts.done:
+                self._parts.changed.wait()
+            self._parts.kept = True
+            self._parts.changed.notify_all()
+        self.thread.join()
         if self._failure:
             self._raise()
 
     def abandon(self) -> None:
-        """Let the server forget it, if it is not complete; does not wait. Never raises."""
+        """Let the server forget it, unless ``wait`` was called; does not wait. Never raises."""
         if self._process != os.getpid():
             return
         with self._parts.changed:
             self._parts.abandoned = True
             self._parts.waiting = None
             self._parts.changed.notify_all()
-
-    def join(self, timeout_s: float | None = None) -> None:
-        """Until its thread has ended."""
-        if self._process == os.getpid():
-            self._thread.join(timeout_s)
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -124,9 +130,16 @@ class Upload:
         raise StoreError(f"{self._name}: the upload ended early", kind="store", where=self._name)
 
 
-def _run(put: Callable[[Iterator[bytearray]], None], parts: _Parts, failure: list[CiuicError]) -> None:
+def _run(
+    put: Callable[[Iterator[bytearray]], None],
+    forget: Callable[[], None],
+    parts: _Parts,
+    failure: list[CiuicError],
+) -> None:
+    arrived = False
     try:
         put(parts)
+        arrived = True
     except CiuicError as error:
         failure.append(error)
     finally:
@@ -134,6 +147,14 @@ def _run(put: Callable[[Iterator[bytearray]], None], parts: _Parts, failure: lis
             parts.done = True
             parts.waiting = None
             parts.changed.notify_all()
+    if not arrived:
+        return
+    with parts.changed:
+        while not parts.kept and not parts.abandoned:
+            parts.changed.wait()
+    if not parts.kept:
+        with suppress(CiuicError):  # then it is an orphan, for gc to find
+            forget()
 
 
 class DirectUpload:
@@ -161,6 +182,13 @@ class DirectUpload:
 
     def abandon(self) -> None:
         self._writer = None
+
+
+def join_all(threads: Iterable[threading.Thread], timeout_s: float) -> None:
+    """Wait for uploads that were given up, so long at most. In a forked child they are not alive."""
+    deadline_s = time.monotonic() + timeout_s
+    for thread in list(threads):
+        thread.join(max(0.0, deadline_s - time.monotonic()))
 
 
 def on_threads(work: Sequence[Callable[[], None]], at_once: int) -> None:
@@ -204,11 +232,9 @@ def on_threads(work: Sequence[Callable[[], None]], at_once: int) -> None:
 
 def _abandon_all() -> None:
     """At process end nothing half uploaded stays at the server, if it can be told within a few seconds."""
-    uploads = list(_live)
-    for upload in uploads:
+    for upload in list(_live):
         upload.abandon()
-    for upload in uploads:
-        upload.join(_EXIT_WAIT_S / len(uploads))
+    join_all(_threads, _EXIT_WAIT_S)
 
 
 # Not atexit, which would come first: of finalizers the newest go first, and those of whoever writes are newer.

@@ -34,7 +34,7 @@ from ciuic_async.format import layout
 from ciuic_async.format.digest import Buffer
 from ciuic_async.stores import credentials, remote_errors
 from ciuic_async.stores.base import Capabilities, Listed, Unpublished, check_name
-from ciuic_async.stores.multipart import PART_BYTES, PARTS_AT_ONCE, DirectUpload, Upload, on_threads
+from ciuic_async.stores.multipart import PART_BYTES, PARTS_AT_ONCE, DirectUpload, Upload, join_all, on_threads
 from ciuic_async.stores.retry import LONGEST_PAUSE_S, TRANSIENT, Patience, create_once
 
 T = TypeVar("T")
@@ -102,6 +102,7 @@ class ObjectStore:
         self._client = _client(place)
         self._connected: Any = self._connect()  # to see at once whether the options are good; contacts nobody
         self._uploads: weakref.WeakSet[Upload] = weakref.WeakSet()
+        self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         _process.stores.add(self)
 
     @property
@@ -267,11 +268,12 @@ class ObjectStore:
             )
 
         try:
-            upload = Upload(name, put)
+            upload = Upload(name, put, lambda: self.delete(name))
         except RuntimeError:
             writer = self._client.open_writer(self._remote, name, buffer_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
             return DirectUpload(writer, lambda work: self._once(name, work))
         self._uploads.add(upload)
+        self._threads.add(upload.thread)
         return upload
 
     def delete(self, name: str) -> None:
@@ -318,11 +320,9 @@ class ObjectStore:
 
     def close(self) -> None:
         """Ends uploads that nobody published; waits a few seconds for the server to hear of it."""
-        uploads = list(self._uploads)
-        for upload in uploads:
+        for upload in list(self._uploads):
             upload.abandon()
-        for upload in uploads:
-            upload.join(_CLOSE_WAIT_S / len(uploads))
+        join_all(self._threads, _CLOSE_WAIT_S)
         self._connected = None  # its connections end with it
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -439,6 +439,7 @@ class _ObjectFile:
         self._rest = bytearray()
         self._size_bytes = 0
         self._upload: Upload | DirectUpload | None = None
+        self._is_filled = False
 
     def write(self, data: Buffer, /) -> None:
         if not self.is_open:
@@ -459,16 +460,27 @@ class _ObjectFile:
             self._upload = self.store.upload(self.name)
         self._upload.add(part)
 
+    def filled(self) -> None:
+        # The client keeps the last part until the upload ends. So a file of several parts gets its name already: it is
+        # whole, no manifest names it yet, and readers look at nothing else. A small one waits here.
+        if self._upload is not None and not self._is_filled and self.store.size(self.name) is None:
+            self._end(self._upload)
+
+    def _end(self, upload: Upload | DirectUpload) -> None:
+        if self._rest:
+            self._send()
+        upload.end()
+        self._is_filled = True
+
     def complete(self) -> None:
         """Give it its name; durable on return. Raises CommitConflictError, StoreError."""
         if self._upload is None:
             self.store.create(self.name, self._rest)
             return
-        if self.store.size(self.name) is not None:
-            raise CommitConflictError(f"{self.store.url}/{self.name}: exists already", where=self.name)
-        if self._rest:
-            self._send()
-        self._upload.end()
+        if not self._is_filled:
+            if self.store.size(self.name) is not None:
+                raise CommitConflictError(f"{self.store.url}/{self.name}: exists already", where=self.name)
+            self._end(self._upload)
         try:
             self._upload.wait()
         except (NotFoundError, StoreError):

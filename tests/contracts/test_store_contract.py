@@ -404,12 +404,14 @@ def test_clock_is_comparable(store: Store) -> None:
 
 
 def test_publish_several_files(store: Store) -> None:
-    """Unpublished files are invisible; one publish makes all of them visible with all their bytes."""
+    """Unpublished files are invisible, filled or not; one publish makes all of them visible with all their bytes."""
     names = [layout.segment(A, 0, 0), layout.segment(A, 0, 1), layout.manifest_root(A), layout.locator(A, 0)]
     files = [store.begin(name) for name in names]
     for file in files:
         for piece in (b"one ", b"two ", file.name.encode()):
             file.write(piece)
+    for file in files[1:]:
+        file.filled()
     assert list(store.list()) == []
     assert list(store.list("tmp")) == []
     assert all(store.size(name) is None for name in names)

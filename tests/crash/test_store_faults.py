@@ -108,6 +108,9 @@ class _FaultyFile:
     def write(self, data: Buffer, /) -> None:
         self._store.call(f"write {self.name}", self.inner.write, data)
 
+    def filled(self) -> None:
+        self._store.call(f"filled {self.name}", self.inner.filled)
+
     def fileno(self) -> int:
         return self.inner.fileno()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -238,6 +239,32 @@ def test_a_large_file_arrives_whole(store: Store) -> None:
     assert store.size(SEGMENT) is None
     store.publish([file])
     assert store.read(SEGMENT, 64 * MIB) == b"".join(parts)
+
+
+def test_files_that_are_filled_take_no_memory(store: Store) -> None:
+    """However many files wait to be published, what they held has gone to the server; discarded, nothing is there."""
+    names = [layout.segment(A, 0, number) for number in range(6)]
+    data = os.urandom(16 * MIB + 15 * MIB)
+    tracemalloc.start()
+    try:
+        files = [store.begin(name) for name in names]
+        for file in files:
+            file.write(data)
+            file.filled()
+        deadline_s = time.monotonic() + 30
+        while tracemalloc.get_traced_memory()[0] > 15 * MIB and time.monotonic() < deadline_s:
+            threading.Event().wait(0.02)  # the last parts are on their way
+        assert tracemalloc.get_traced_memory()[0] < 15 * MIB
+    finally:
+        tracemalloc.stop()
+    kept, dropped = files[:3], files[3:]
+    for file in dropped:
+        file.discard()
+    store.publish(kept)
+    for name in names[:3]:
+        assert store.read(name, 64 * MIB) == data
+    store.close()  # waits for what was given up
+    assert all(store.size(name) is None for name in names[3:])
 
 
 def test_what_is_discarded_leaves_nothing(store: Store) -> None:

@@ -220,6 +220,9 @@ class _FullDevice:
         except OSError as error:
             raise StoreError("/dev/full: the disk is full", kind="enospc", where=self.name) from error
 
+    def filled(self) -> None:
+        pass
+
     def fileno(self) -> int:
         return self._file.fileno()
 
