@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             e["created"].replace("T", " ")[:19],
             human_bytes(e["raw_bytes"]),
             human_bytes(e["stored_bytes"]),
-            _details(e),
+            details(e),
         ]
         for e in shown
     ]
@@ -78,7 +78,7 @@ def _print_graph(shown: list[dict[str, Any]], parents: Mapping[str, str | None],
         entry = snapshots[snapshot]
         here = " <- latest" if latest is not None and latest.id == snapshot else ""
         when = entry["created"].replace("T", " ")[:19]
-        line = f"{picture.ljust(width)}  {snapshot}  step {text(entry['step'])}  {when}  {_details(entry)}"
+        line = f"{picture.ljust(width)}  {snapshot}  step {text(entry['step'])}  {when}  {details(entry)}"
         print(line.rstrip() + here)
 
 
@@ -87,7 +87,8 @@ def _short(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _details(entry: dict[str, object]) -> str:
+def details(entry: dict[str, object]) -> str:
+    """What else there is to say of an entry, in a line."""
     if entry["kind"] == "key":
         return text(entry["vkey"])
     if entry["kind"] == "prune":

@@ -31,6 +31,7 @@ from ciuic_async.cli import (
     show,
     tag,
     verify,
+    watch,
 )
 from ciuic_async.cli.output import message
 from ciuic_async.config.settings import reading_files
@@ -54,6 +55,7 @@ COMMANDS = (
     show,
     tag,
     verify,
+    watch,
 )
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_INTEGRITY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
