@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ciuic_async.cli import (
+    bench,
     chain,
     demo,
     diff,
@@ -39,6 +40,7 @@ from ciuic_async.errors import CiuicError, FormatVersionError, IntegrityError, N
 from ciuic_async.version import __version__
 
 COMMANDS = (
+    bench,
     chain,
     demo,
     diff,

