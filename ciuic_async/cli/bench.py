@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from ciuic_async import native
 from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json, print_table
+from ciuic_async.config.settings import bare_environment
 from ciuic_async.errors import UsageError
 from ciuic_async.retention.words import read_size
 from ciuic_async.staging.budget import available_bytes
@@ -33,7 +34,9 @@ _WARM_UP = 2
 def add_parser(commands: Subparsers) -> None:
     summary = "Save and restore a made-up state in a place: what does a snapshot cost here?"
     parser = add_command(commands, "bench", run, summary, chain=False)
-    parser.add_argument("place", metavar="PLACE", help="folder or URL; what is written there is removed")
+    parser.add_argument(
+        "place", metavar="PLACE", help="folder or URL; what is written is removed (in HDFS empty folders stay)"
+    )
     parser.add_argument("--size", default="256MB", metavar="SIZE", help="of the state, e.g. 2GB (256MB)")
     parser.add_argument("--tensors", type=int, default=100, metavar="N", help="it has so many (100)")
     parser.add_argument("--snapshots", type=int, default=5, metavar="N", help="save so many, after two to warm up (5)")
@@ -135,8 +138,10 @@ def _trial(url: str, takes_bytes: int) -> Iterator[str]:
 
 @contextmanager
 def _home(folder: str) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ |= {"XDG_CONFIG_HOME": folder, "XDG_STATE_HOME": folder, "CIUIC_CONFIG": "", "CIUIC_KEY": ""}
+    # No option of the user's counts: an ordering or a policy would tell others of this trial.
+    before, bare = dict(os.environ), bare_environment()
+    os.environ.clear()
+    os.environ |= bare | {"XDG_CONFIG_HOME": folder, "XDG_STATE_HOME": folder, "CIUIC_KEY": ""}
     try:
         yield
     finally:

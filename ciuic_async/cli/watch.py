@@ -15,6 +15,8 @@ from ciuic_async.cli.output import Subparsers, add_command, human_bytes, message
 from ciuic_async.errors import StoreError, UsageError
 from ciuic_async.transparency.witnessing import duration_s
 
+_LONGEST_S = 86400.0
+
 
 def add_parser(commands: Subparsers) -> None:
     parser = add_command(commands, "watch", run, "Show what a chain gets, line by line as it comes (Ctrl-C ends).")
@@ -28,15 +30,18 @@ def run(args: argparse.Namespace) -> int:
     if args.last < 0:
         raise UsageError(f"--last {args.last}: expected 0 or more")
     every_s = duration_s(args.every)
+    if every_s > _LONGEST_S:
+        raise UsageError(f"--every {args.every}: expected a day at most")
     late_s = None if args.late is None else duration_s(args.late)
     with SnapshotChain(args.chain, create=False) as chain:
         entries = chain.log()
         chosen = _chosen(entries, args)
         _show(chosen[max(0, len(chosen) - args.last) :], as_json=args.json)
-        said_of: str | None = None
+        began = datetime.now(UTC).isoformat()  # counts where there is no snapshot yet
+        said_of = ""
         while True:
-            newest = next((entry["created"] for entry in reversed(entries) if entry["kind"] == "snapshot"), None)
-            if late_s is not None and newest not in (None, said_of) and _age_s(newest) > late_s:
+            newest = next((entry["created"] for entry in reversed(entries) if entry["kind"] == "snapshot"), began)
+            if late_s is not None and newest != said_of and _age_s(newest) > late_s:
                 said_of = newest  # once for each
                 print(f"{message(chain.url)}: no snapshot for {_age_s(newest):.0f} s", file=sys.stderr, flush=True)
             threading.Event().wait(every_s)

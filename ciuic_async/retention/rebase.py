@@ -11,6 +11,7 @@ Nothing is deleted here, and nothing that is replaced may go before an entry is 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,9 @@ from ciuic_async.stores.base import Store
 
 NEEDED_SHARE = 0.5
 """A segment is given up when less than this share of it is needed: each byte copied then frees more than one."""
+
+_FIRST_DRAWN, _DRAWN = 10**6, 10**9 - 2 * 10**6
+"""Numbers of segments that a re-basing writes: beyond those of any snapshot (half an exabyte), within nine digits."""
 
 Place = tuple[str, int]
 """Segment and offset of a record."""
@@ -253,7 +257,14 @@ def _verified(store: Store, where: Locator, record: Record, reader: SegmentReade
 
 
 def _next_number(store: Store, snapshot: str) -> int:
-    """Of a segment that rank 0 of a snapshot has not written yet."""
+    """Of a segment that rank 0 of a snapshot has not written yet, nor does anybody else at this moment.
+
+    Drawn: two nodes may prune at once, and on an object store a large file that is completed replaces what has its
+    name. The snapshot's own segments have small numbers.
+    """
     names = [file.name for file in store.list(f"{layout.SEGMENTS}/{snapshot}") if layout.is_known(file.name)]
-    numbers = [int(name.rpartition("-")[2].removesuffix(".seg")) for name in names]
-    return max(numbers, default=-1) + 1
+    numbers = {int(name.rpartition("-")[2].removesuffix(".seg")) for name in names}
+    while True:
+        number = _FIRST_DRAWN + secrets.randbelow(_DRAWN)
+        if not any(number <= one < number + _FIRST_DRAWN for one in numbers):
+            return number

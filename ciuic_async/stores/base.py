@@ -72,8 +72,8 @@ class Unpublished(Protocol):
         """Nothing more will be written: what is kept of it in memory goes on its way. Raises StoreError, as ``write``.
 
         A snapshot has a file for each half gigabyte and publishes all of them in the end: what each keeps adds up. A
-        store may give a large file its name now, for it is whole; ``discard`` takes it away. Files that are published
-        soon need not be told.
+        store may give a large file its name now, for it is whole: discarded, it stays as an orphan, for gc. Files that
+        are published soon need not be told.
         """
 
     def fileno(self) -> int:

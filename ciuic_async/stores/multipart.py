@@ -40,7 +40,6 @@ class _Parts(Iterator[bytearray]):
         self.waiting: bytearray | None = None
         self.ended = False
         self.abandoned = False
-        self.kept = False
         self.done = False
 
     def __next__(self) -> bytearray:
@@ -62,18 +61,17 @@ class Upload:
     Args:
         name: for the thread's name and messages.
         put: uploads all parts of an iterator; called on this object's thread; raises CiuicError.
-        forget: deletes the object; called there too, when it is complete and nobody wants it. Raises CiuicError.
 
     Raises:
         RuntimeError: no thread can be had: there are too many, or the interpreter ends.
     """
 
-    def __init__(self, name: str, put: Callable[[Iterator[bytearray]], None], forget: Callable[[], None]) -> None:
+    def __init__(self, name: str, put: Callable[[Iterator[bytearray]], None]) -> None:
         self._name = name
         self._process = os.getpid()
         self._parts = _Parts()
         self._failure: list[CiuicError] = []
-        arguments = (put, forget, self._parts, self._failure)  # not self: what is dropped ends
+        arguments = (put, self._parts, self._failure)  # not self: what is dropped ends
         # A daemon: at exit the interpreter waits for other threads before anybody can tell them to end.
         self.thread = threading.Thread(target=_run, args=arguments, name="ciuic-upload", daemon=True)
         self.thread.start()
@@ -82,8 +80,7 @@ class Upload:
 
     def add(self, part: bytearray) -> None:
         """Hand over the next part, for good; waits while enough are on their way. Raises what the upload raised."""
-        if self._process != os.getpid():
-            raise StoreError(f"{self._name}: this process was forked while it was written", kind="forked")
+        self._check_process()
         parts = self._parts
         with parts.changed:
             while parts.waiting is not None and not parts.done:
@@ -101,18 +98,14 @@ class Upload:
             self._parts.changed.notify_all()
 
     def wait(self) -> None:
-        """After ``end``: until the object is there, to stay. Raises what the upload failed with."""
-        with self._parts.changed:
-            while not self._parts.done:
-                self._parts.changed.wait()
-            self._parts.kept = True
-            self._parts.changed.notify_all()
+        """After ``end``: until the object is there. Raises what the upload failed with."""
+        self._check_process()
         self.thread.join()
         if self._failure:
             self._raise()
 
     def abandon(self) -> None:
-        """Let the server forget it, unless ``wait`` was called; does not wait. Never raises."""
+        """Let the server forget it, if it is not complete; does not wait. Never raises."""
         if self._process != os.getpid():
             return
         with self._parts.changed:
@@ -124,22 +117,19 @@ class Upload:
         with suppress(Exception):
             self.abandon()
 
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise StoreError(f"{self._name}: this process was forked while it was written", kind="forked")
+
     def _raise(self) -> None:
         if self._failure:
             raise self._failure[0]
         raise StoreError(f"{self._name}: the upload ended early", kind="store", where=self._name)
 
 
-def _run(
-    put: Callable[[Iterator[bytearray]], None],
-    forget: Callable[[], None],
-    parts: _Parts,
-    failure: list[CiuicError],
-) -> None:
-    arrived = False
+def _run(put: Callable[[Iterator[bytearray]], None], parts: _Parts, failure: list[CiuicError]) -> None:
     try:
         put(parts)
-        arrived = True
     except CiuicError as error:
         failure.append(error)
     finally:
@@ -147,14 +137,6 @@ def _run(
             parts.done = True
             parts.waiting = None
             parts.changed.notify_all()
-    if not arrived:
-        return
-    with parts.changed:
-        while not parts.kept and not parts.abandoned:
-            parts.changed.wait()
-    if not parts.kept:
-        with suppress(CiuicError):  # then it is an orphan, for gc to find
-            forget()
 
 
 class DirectUpload:

@@ -268,7 +268,7 @@ class ObjectStore:
             )
 
         try:
-            upload = Upload(name, put, lambda: self.delete(name))
+            upload = Upload(name, put)
         except RuntimeError:
             writer = self._client.open_writer(self._remote, name, buffer_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
             return DirectUpload(writer, lambda work: self._once(name, work))
@@ -462,7 +462,8 @@ class _ObjectFile:
 
     def filled(self) -> None:
         # The client keeps the last part until the upload ends. So a file of several parts gets its name already: it is
-        # whole, no manifest names it yet, and readers look at nothing else. A small one waits here.
+        # whole, no manifest names it yet, and readers look at nothing else. A small one waits here. Who discards it
+        # leaves an orphan: nothing that has a name is deleted but by retention, for the name may be somebody's.
         if self._upload is not None and not self._is_filled and self.store.size(self.name) is None:
             self._end(self._upload)
 

@@ -17,10 +17,14 @@ from tests.services import seaweed
 SMALL = ("--size", "1MB", "--tensors", "4", "--snapshots", "2")
 
 
-def test_it_measures_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Times of saving and restoring; afterwards neither the place nor the user's folders have anything of it."""
+def test_it_measures_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Times of saving and restoring, by no option of the user's; neither place nor home has anything of it then."""
     place = tmp_path / "place"
     place.mkdir()
+    monkeypatch.setenv("CIUIC_ORDERING", "etcd://127.0.0.1:9/x")  # nobody else hears of it
+    monkeypatch.setenv("CIUIC_KEEP", "nonsense")
     before = dict(os.environ)
     assert main(["bench", str(place), *SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

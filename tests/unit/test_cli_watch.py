@@ -29,11 +29,18 @@ def save(place: Path, steps: int) -> None:
 @contextmanager
 def watching(place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "ciuic_async.cli.main", "watch", str(place), "--every", "1s", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Tests that were started in the background ignore Ctrl-C, and hand that down.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def line(process: subprocess.Popen[str]) -> str:
@@ -71,6 +78,15 @@ def test_a_run_that_is_late_is_named_once(tmp_path: Path) -> None:
         assert process.communicate(timeout=30)[1] == "interrupted\n"
 
 
+def test_a_run_that_never_begins_is_late_too(tmp_path: Path) -> None:
+    """Where there is no snapshot yet, the watch's own beginning counts."""
+    with SnapshotChain(tmp_path / "chain"):
+        pass
+    with watching(tmp_path / "chain", "--late", "1s") as process:
+        assert process.stderr is not None
+        assert "no snapshot for" in process.stderr.readline()
+
+
 @pytest.mark.damages
 def test_history_that_is_replaced_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries that are not those that were shown before: exit code 4, and what is wrong."""
@@ -95,5 +111,6 @@ def test_what_cannot_be_watched(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with SnapshotChain(tmp_path / "chain"):
         pass
     assert main(["watch", str(tmp_path / "chain"), "--last", "-1"]) == 2
+    assert main(["watch", str(tmp_path / "chain"), "--every", "2d"]) == 2
     assert main(["watch", str(tmp_path / "chain"), "--every", "soon"]) == 2
     assert "'soon'" in capsys.readouterr().err

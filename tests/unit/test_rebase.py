@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,10 +80,25 @@ def test_a_segment_that_is_mostly_garbage_goes(tmp_path: Path) -> None:
     assert {layout.owner(name) for name in left} == set(ids[2:])
     for snapshot in chain:
         places = {place.segment.path for place in snapshot.resolve().locator.chunks.values()}
-        assert layout.segment(ids[3], 0, 1) in places
+        assert [p for p in places if layout.owner(p) == ids[3] and p != layout.segment(ids[3], 0, 0)]
         assert places <= left
     check_all(chain, {ids[2]: state_of(2), ids[3]: state_of(3)})
     assert report.freed_by[ids[0]] > 1_400_000
+
+
+def test_two_nodes_that_prune_at_once_write_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two re-base at the same moment lies under names of their own: on some stores one would replace the other."""
+    chain = filled(tmp_path / "chain")
+    twin = tmp_path / "twin"
+    shutil.copytree(tmp_path / "chain", twin)
+    before = segments(tmp_path / "chain")
+    assert chain.prune(KeepLatest(2)).moved_bytes > 0
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another node's"))
+    with SnapshotChain(twin) as other:
+        other.prune(KeepLatest(2))
+    mine, theirs = segments(tmp_path / "chain") - before, segments(twin) - before
+    assert len(mine) == len(theirs) == 1
+    assert mine.isdisjoint(theirs)
 
 
 def test_without_rebase_the_segment_stays(tmp_path: Path) -> None:
