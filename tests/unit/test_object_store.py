@@ -268,6 +268,34 @@ def test_files_that_are_filled_take_no_memory(store: Store) -> None:
     assert seaweed.shared().uploads(seaweed.BUCKET) <= before
 
 
+def test_a_file_that_is_filled_replaces_nobodys(store: Store) -> None:
+    """Where the name is somebody's already, filling leaves it alone, and publishing says so; so does discarding."""
+    file = store.begin(SEGMENT)
+    file.write(bytes(17 * MIB))
+    store.create(SEGMENT, b"was first")
+    file.filled()
+    with pytest.raises(CommitConflictError):
+        store.publish([file])
+    file.discard()
+    store.close()
+    assert store.read(SEGMENT, 100) == b"was first"
+
+
+def test_a_file_that_is_whole_is_never_deleted(store: Store) -> None:
+    """Closing the store between filling and publishing takes nothing away: what publish reports is there."""
+    file = store.begin(SEGMENT)
+    data = os.urandom(20 * MIB)
+    file.write(data)
+    file.filled()
+    for thread in threading.enumerate():
+        if thread.name == "ciuic-upload":
+            thread.join(30)
+    store.close()
+    store.publish([file])
+    file.discard()
+    assert store.read(SEGMENT, 64 * MIB) == data
+
+
 def test_what_is_discarded_leaves_nothing(store: Store) -> None:
     """A discarded upload, one that is dropped, and one that a store is closed with are aborted at the server."""
     before = seaweed.shared().uploads(seaweed.BUCKET)
