@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from ciuic_async import native
-from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json, print_table
+from ciuic_async.cli.output import Subparsers, add_command, human_bytes, leaving_in_order, print_json, print_table
 from ciuic_async.config.settings import bare_environment
 from ciuic_async.errors import UsageError
 from ciuic_async.retention.words import read_size
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--size {args.size}: takes {_COPIES} times that, {human_bytes(free_bytes)} of memory are free"
         )
-    with _trial(args.place, (args.snapshots + _WARM_UP) * size_bytes) as place:
+    with leaving_in_order(), _trial(args.place, (args.snapshots + _WARM_UP) * size_bytes) as place:
         measured = _measure(place, size_bytes, args.tensors, args.snapshots)
     if args.json:
         print_json(measured)

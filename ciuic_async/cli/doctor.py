@@ -7,20 +7,18 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
 from ciuic_async import native
 from ciuic_async.cli import doctor_config, doctor_disk, doctor_forecast
 from ciuic_async.cli.doctor_finding import Finding
 from ciuic_async.cli.doctor_store import PIECE_BYTES, Trial, findings_of, leftovers, look
-from ciuic_async.cli.output import Subparsers, add_command, human_bytes, print_json, text
+from ciuic_async.cli.output import Subparsers, add_command, human_bytes, leaving_in_order, print_json, text
 from ciuic_async.config.settings import Settings
 from ciuic_async.errors import CiuicError, UsageError
 from ciuic_async.format import layout
@@ -174,27 +172,8 @@ def _try(url: str, store: Store, findings: list[Finding], size_bytes: int) -> No
     space = room(store.url) if isinstance(store, LocalStore) else None
     if space is not None and space.free_bytes < 4 * size_bytes:
         size_bytes = space.free_bytes // 4 // PIECE_BYTES * PIECE_BYTES  # a trial must not fill a disk
-    with findings_of("write", findings), _leaving_in_order(), _trial_store(url, store) as own:
+    with findings_of("write", findings), leaving_in_order(), _trial_store(url, store) as own:
         findings += Trial(own, size_bytes).run()
-
-
-@contextmanager
-def _leaving_in_order() -> Iterator[None]:
-    """Being told to leave (``timeout``, a container that ends, a lost terminal) raises: what was tried is removed."""
-
-    def leave(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        signals = []
-    for number in signals:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -1,13 +1,15 @@
-"""What all commands share: common arguments, JSON, tables, progress on a terminal."""
+"""What all commands share: common arguments, JSON, tables, progress on a terminal, leaving in order."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from ciuic_async.events import Event, Listener
 
@@ -87,3 +89,22 @@ def progress(label: str, stage: str) -> Iterator[Listener | None]:
                 bar.update(event.size_bytes)
 
         yield listen
+
+
+@contextmanager
+def leaving_in_order() -> Iterator[None]:
+    """Being told to leave (``timeout``, a container that ends, a lost terminal) raises: what was tried is removed."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        signals = []
+    for number in signals:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
@@ -37,6 +42,19 @@ def test_it_measures_and_leaves_nothing(
     assert main(["bench", str(place / "new"), *SMALL]) == 0
     assert "restore(), verified" in capsys.readouterr().out
     assert list(place.iterdir()) == []
+
+
+def test_told_to_leave_it_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM in the middle, as of ``timeout``: what it wrote is removed before it ends."""
+    command = [sys.executable, "-m", "ciuic_async.cli.main", "bench", str(tmp_path), "--size", "10kB"]
+    with subprocess.Popen([*command, "--snapshots", "10000"], stderr=subprocess.DEVNULL) as process:
+        deadline_s = time.monotonic() + 60
+        while not list(tmp_path.glob(".ciuic-bench-*/segments/*/*")) and time.monotonic() < deadline_s:
+            threading.Event().wait(0.02)
+        assert list(tmp_path.glob(".ciuic-bench-*"))
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".ciuic-bench")] == []
 
 
 def test_an_object_store_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
